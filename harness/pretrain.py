@@ -1,0 +1,189 @@
+"""The training loop, used for pretraining and, lent to evaluators, for fine-tuning.
+
+The order of images, their views and the dropout masks are functions of (seed, step) alone, so a run that was killed
+and resumed from its last state gives the bits of an undisturbed one (same machine type, device type and threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import checkpoint, optim
+from harness.augment import hash_seeds, stream_key
+from harness.batches import Batches
+from harness.contracts import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how and with what rhythm to train. log_every and checkpoint_seconds never change a number."""
+
+    steps: int
+    seed: int
+    optim: optim.OptimConfig
+    schedule: optim.ScheduleConfig
+    bf16: bool
+    checkpoint_seconds: float = 10.0
+
+    @property
+    def log_every(self) -> int:
+        return max(10, self.steps // 200)
+
+
+@dataclass
+class State:
+    """Everything that moves during training, beside the module and the optimiser."""
+
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    epoch_sum: float = 0.0
+    failed_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """curve: [{"step": n, "loss": mean, ...monitors}]; seconds over all attempts; executed steps of this process."""
+
+    curve: list[dict[str, float]]
+    seconds: float
+    executed: int
+    failed_at: int | None
+
+
+LogFunction = Callable[[int, dict[str, float], int], None]
+
+
+def step_generator_seed(seed: int, step: int) -> int:
+    """What the default generator is seeded with before `step` (dropout)."""
+    return int(hash_seeds(seed, step, torch.tensor([stream_key("dropout")]))[0]) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def train(module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_log: LogFunction) -> Finished:
+    """Optimise `module.loss(batch, step)["loss"]` in place; resume from `folder` if it holds a state.
+
+    `on_log(step, means, executed)` is called once per log interval, with the means since the last call, and is the
+    only place where the loop waits for the device. A non-finite loss ends training with the weights before it
+    (`failed_at`): they are had by going back to the last state and repeating the good steps.
+    """
+    session = _Session(module, data, plan, folder, on_log)
+    session.restore()
+    start = session.state.step
+    session.run(plan.steps)
+    executed = session.state.step - start
+    if session.state.failed_at is not None:
+        session.go_back(session.state.failed_at)
+    session.save()
+    state = session.state
+    return Finished(state.curve, state.seconds, executed, state.failed_at)
+
+
+class _Session:
+    """One attempt at one training."""
+
+    def __init__(self, module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_log: LogFunction) -> None:
+        self.module, self.data, self.plan, self.folder, self.on_log = module, data, plan, folder, on_log
+        groups = module.parameter_groups() if isinstance(module, Method) else [{"params": list(module.parameters())}]
+        self.optimizer = optim.build(plan.optim, groups)
+        self.plateau = optim.Plateau(plan.schedule)
+        self.state = State()
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._initial = copy.deepcopy(self._snapshot())
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau.state(),
+            "state": vars(self.state).copy(),
+        }
+
+    def restore(self) -> None:
+        """Go back to the last saved state, or to the start."""
+        saved = (checkpoint.load_state(self.folder) if self.folder else None) or copy.deepcopy(self._initial)
+        self.module.load_state_dict(saved["module"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.plateau.load(saved["plateau"])
+        self.state = State(**saved["state"])
+
+    def go_back(self, bad: int) -> None:
+        """Repeat the good steps only: all before `bad`, and one less where the step before it had a bad gradient."""
+        for stop in (bad, bad - 1):
+            self.restore()
+            self.run(stop, watch=False)
+            self.state.failed_at = stop
+            if stop <= 0 or self._finite():
+                return
+
+    def _finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters)
+
+    def save(self) -> None:
+        if self.folder:
+            checkpoint.save_state(self.folder, self.state.step, self._snapshot())
+        self._saved_at = time.monotonic()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.data.device.type, torch.bfloat16, enabled=self.plan.bf16)
+
+    def run(self, until: int, watch: bool = True) -> None:
+        """The loop. `watch` False repeats steps known to be good without logging or saving."""
+        device, plan, state, epoch_steps = self.data.device, self.plan, self.state, self.data.steps_per_epoch
+        self.module.train()
+        self._saved_at, began, before = time.monotonic(), time.monotonic(), state.seconds
+        sums: dict[str, Tensor] = {}
+        bad = torch.full((), -1, dtype=torch.int64, device=device)
+        counted = executed = 0
+        while state.step < until:
+            step = state.step
+            if step % epoch_steps == 0 and isinstance(self.module, Method):
+                self.module.on_epoch_start(self.data, step // epoch_steps)
+            batch = self.data.at(step)
+            torch.manual_seed(step_generator_seed(plan.seed, step))
+            factor = optim.schedule_factor(plan.schedule, step, plan.steps) * self.plateau.factor
+            optim.set_rate(self.optimizer, plan.optim.lr * factor)
+            with self.autocast():
+                losses = self.module.loss(batch, torch.tensor(step, device=device))
+            losses["loss"].backward()
+            if plan.optim.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, plan.optim.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if isinstance(self.module, Method):
+                self.module.after_step(torch.tensor((step + 1) / plan.steps, device=device))
+            bad = torch.where((bad < 0) & ~torch.isfinite(losses["loss"].detach()), step, bad)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            state.step, counted, executed = step + 1, counted + 1, executed + 1
+            epoch_ended = plan.schedule.name == "plateau" and state.step % epoch_steps == 0
+            if state.step % plan.log_every and state.step < until and not epoch_ended:
+                continue
+            # one read of the device per interval
+            state.seconds = before + time.monotonic() - began
+            if watch and int(bad) >= 0:
+                state.failed_at = int(bad)
+                return
+            self._interval_ended({k: float(v) for k, v in sums.items()}, counted, epoch_ended, executed if watch else None)
+            sums, counted, executed = {}, 0, 0
+
+    def _interval_ended(self, sums: dict[str, float], counted: int, epoch_ended: bool, executed: int | None) -> None:
+        state = self.state
+        means = {name: value / counted for name, value in sums.items()}
+        state.curve.append({"step": float(state.step), **means})
+        state.epoch_sum += sums["loss"]
+        if epoch_ended:
+            self.plateau.epoch_ended(state.epoch_sum / self.data.steps_per_epoch)
+            state.epoch_sum = 0.0
+        if executed is not None:
+            if time.monotonic() - self._saved_at >= self.plan.checkpoint_seconds and self._finite():
+                self.save()  # never a state that a bad gradient has spoilt: going back needs a good one
+            self.on_log(state.step, means, executed)
