@@ -1,0 +1,334 @@
+"""What one command consists of: the data it opens and the arms it compares, all checked before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import __version__, encoders, fingerprint, registry
+from harness.augment import hash_seeds, stream_key
+from harness.budgets import make_budgets
+from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, dotted, resolve
+from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
+from harness.images import digest_split
+from harness.evaluation import Material, describe_budget, sample_indices
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `run`, as asked for. `evaluators` None: the default ones that the data allows."""
+
+    method: str
+    dataset: str
+    layers: Layers = field(default_factory=Layers)
+    workspace: Path = Path()
+    data_dir: Path | None = None
+    labels: str = "all"
+    label_seed: int | None = None
+    evaluators: tuple[str, ...] | None = None
+    device: str = "auto"
+    deterministic: bool = False
+    offline: bool = False
+    control: bool = True
+    tracking: str | None = None
+    allow_test: bool = True
+    weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One pretraining and what is measured on it.
+
+    role: `method`, `null control`, `control` or `floor`
+    labelled: for a supervised method, the positions in `train` it may see
+    """
+
+    method: str
+    role: str
+    config: RunConfig
+    identity: dict[str, Any]
+    pretrain_id: str
+    evaluators: tuple[str, ...]
+    budgets: tuple[LabelBudget, ...]
+    labelled: torch.Tensor | None
+    encoder: str
+    steps: int
+    batch_size: int
+
+    @property
+    def plugin(self) -> type[Method]:
+        return registry.load_method(self.method)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation of one arm: an evaluator and a label budget."""
+
+    evaluator: str
+    budget: LabelBudget | None
+    eval_id: str
+
+
+@dataclass
+class Plan:
+    """Everything resolved; nothing has been written yet."""
+
+    request: Request
+    device: torch.device
+    material: Material
+    budgets: tuple[LabelBudget, ...]
+    arms: list[Arm]
+    seed: int
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto | cpu | cuda[:N] | mps -> a device that exists. Raises HarnessError otherwise."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise HarnessError(f"--device '{name}' is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise HarnessError(f"--device '{name}' is not supported; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise HarnessError(f"--device {name}: torch finds no CUDA device here; use --device cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise HarnessError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise HarnessError("--device mps: torch finds no Apple GPU here; use --device cpu or auto")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """auto -> bf16 autocast on devices that compute in it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may be missing
+    has = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return "bf16" if has else "fp32"
+
+
+def data_root(data_dir: Path | None) -> Path:
+    """`--data-dir`, else `HARNESS_DATA`, else `./data`."""
+    return data_dir or Path(os.environ.get("HARNESS_DATA") or "data")
+
+
+def open_dataset(spec: str, data_dir: Path | None, image_size: int | None, offline: bool) -> Any:
+    """The data set behind `name` or `name:ARGUMENT`, unopened."""
+    plugin, argument = registry.load_dataset(spec)
+    return plugin(data_root(data_dir), image_size, argument)
+
+
+def shown_name(spec: str) -> str:
+    """A data set's name as rows carry it: of `folder:PATH` only the last part of the path."""
+    name, colon, argument = spec.partition(":")
+    return f"{name}:{Path(argument).resolve().name}" if colon else name
+
+
+def _pretrain_images(dataset: Any, info: DatasetInfo, config: DataConfig, seed: int, material: dict[str, str]) -> Any:
+    expression = config.pretrain_split or info.pretrain_split
+    parts = []
+    for name in expression.split("+"):
+        if name == "test":
+            raise HarnessError("data.pretrain_split: test images are never pretrained on")
+        split: Split = dataset.split(name)
+        material[name] = digest_split(split)
+        parts.append(split.images)
+    images = parts[0] if len(parts) == 1 else torch.cat(parts)
+    wanted = config.num_pretrain_images
+    if wanted is not None:
+        if wanted > len(images):
+            raise HarnessError(f"data.num_pretrain_images: {wanted:,} asked for, {expression} of {info.name} has {len(images):,}")
+        images = images[sample_indices(len(images), wanted, seed, "pretrain subset")]
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def build_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Encoder:
+    """The arm's freshly initialised encoder: the same seed gives every method the same one."""
+    plugin = registry.load_method(method)
+    torch.manual_seed(_init_seed(config.seed, "encoder"))
+    return plugin.own_encoder(info) or encoders.build(config.encoder, info)
+
+
+def build_method(method: str, config: RunConfig, info: DatasetInfo) -> Method:
+    """The arm's method around its freshly initialised encoder. Raises HarnessError when they do not fit."""
+    encoder = build_encoder(method, config, info)
+    torch.manual_seed(_init_seed(config.seed, "heads"))
+    return registry.load_method(method)(encoder, config.method, info)
+
+
+def _init_seed(seed: int, part: str) -> int:
+    return int(hash_seeds(seed, 0, torch.tensor([stream_key(part)]))[0]) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def make_plan(request: Request) -> Plan:
+    """Resolve, open (never the test split), build and check every arm. Raises HarnessError; writes nothing."""
+    device = resolve_device(request.device)
+    method = registry.load_method(request.method)
+    plugin, _ = registry.load_dataset(request.dataset)
+    evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or DEFAULT_EVALUATORS)
+    _refuse_path_separators(request)
+    probe = _resolve(request, request.method, plugin.default_encoder, evaluators)
+    dataset = open_dataset(request.dataset, request.data_dir, probe.data.image_size, request.offline)
+    info: DatasetInfo = dataset.info
+    digests: dict[str, str] = {}
+    images = _pretrain_images(dataset, info, probe.data, probe.seed, digests)
+    material = Material(dataset, info, images, request.allow_test, digest_split, digests,
+                        count_overlap=plugin.takes_argument)  # fmt: skip
+    budgets: tuple[LabelBudget, ...] = ()
+    if material.has_labels:
+        label_seed = probe.seed if request.label_seed is None else request.label_seed
+        labels = material.split("train").labels
+        assert labels is not None
+        budgets = tuple(make_budgets(request.labels, labels.numpy(), info.num_classes, label_seed, dataset.folds))
+    elif request.evaluators is None:
+        evaluators = tuple(e for e in evaluators if not registry.load_evaluator(e).needs_labels)
+    else:
+        for name in evaluators:
+            if registry.load_evaluator(name).needs_labels:
+                raise HarnessError(f"data set '{info.name}' has no labels, so --eval {name} cannot run; use --eval representation")
+    arms = list(_arms(request, method, info, device, evaluators, budgets, material, plugin.default_encoder))
+    return Plan(request, device, material, budgets, arms, probe.seed)
+
+
+def _refuse_path_separators(request: Request) -> None:
+    for flag, name in (("--method", request.method), ("--dataset", request.dataset.partition(":")[0])):
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise HarnessError(f"{flag} '{name}' contains a path separator; give a registered name")
+
+
+def _resolve(request: Request, method: str, default_encoder: str, evaluators: Sequence[str]) -> RunConfig:
+    return resolve(method, shown_name(request.dataset), request.layers, default_encoder=default_encoder,
+                   method_settings_of=request.method, evaluators=evaluators)  # fmt: skip
+
+
+def _arms(
+    request: Request, method: type[Method], info: DatasetInfo, device: torch.device, evaluators: tuple[str, ...],
+    budgets: tuple[LabelBudget, ...], material: Material, default_encoder: str,
+) -> Iterator[Arm]:
+    wanted = [(request.method, "method" if method.role in (None, "outside") else method.role)]
+    if request.control:
+        if method.null_control:
+            wanted.append((method.null_control, "null control"))
+        wanted += [(name, "control") for name in registry.methods_with_role("control")]
+        wanted += [(name, "floor") for name in registry.methods_with_role("floor")]
+    done: set[str] = set()
+    for name, role in wanted:
+        plugin = registry.load_method(name)
+        if name in done or (role in ("control", "floor") and plugin.supervised and not budgets):
+            continue
+        done.add(name)
+        if plugin.supervised and not budgets:
+            raise HarnessError(f"method '{name}' learns from labels and data set '{info.name}' has none")
+        mine = tuple(plugin.evaluators) if plugin.evaluators is not None else evaluators
+        if plugin.evaluators is not None and not budgets:
+            mine = tuple(e for e in mine if not registry.load_evaluator(e).needs_labels)
+        config = _resolve(request, name, default_encoder, tuple(dict.fromkeys((*evaluators, *mine))))
+        checked = build_method(name, config, info)  # refuses here what does not fit
+        mine = tuple(e for e in mine if _can_run(registry.load_evaluator(e), checked.encoder))
+        for group in ([budgets] if not plugin.supervised else [(b,) for b in budgets]):
+            yield _arm(name, role, config, checked.encoder.name, info, device, request, material, mine, group)
+
+
+def _can_run(evaluator: type[Evaluator], encoder: Encoder) -> bool:
+    return not evaluator.trains_encoder or any(p.requires_grad for p in encoder.parameters())
+
+
+def _arm(
+    name: str, role: str, config: RunConfig, encoder: str, info: DatasetInfo, device: torch.device, request: Request,
+    material: Material, evaluators: tuple[str, ...], budgets: tuple[LabelBudget, ...],
+) -> Arm:
+    plugin = registry.load_method(name)
+    labelled = None
+    if plugin.supervised:
+        # It sees the fit part only, so that its validation rows are honest (docs/decisions/004).
+        budget = budgets[0]
+        rows = budget.rounds[0][0] if len(budget.rounds) == 1 else range(len(budget.indices))
+        labelled = torch.as_tensor(budget.indices[list(rows)])
+    count = len(material.pretrain_images)
+    if plugin.trains and config.batch_size > count:
+        raise HarnessError(f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N")
+    steps = config.epochs * (count // config.batch_size) if plugin.trains else 0
+    batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
+    config = config.model_copy(update={
+        "precision": resolve_precision(config.precision, device),
+        "num_threads": config.num_threads or _DEFAULT_THREADS,
+        "data": config.data.model_copy(update={"pretrain_split": config.data.pretrain_split or info.pretrain_split}),
+    })  # fmt: skip
+    identity = _identity(plugin, name, config, info, device, request, material, labelled)
+    return Arm(name, role, config, identity, fingerprint.short_id(identity), evaluators, budgets, labelled, encoder, steps, batch)
+
+
+_DEFAULT_THREADS = torch.get_num_threads()  # read once, before a run changes it
+
+
+def _identity(
+    plugin: type[Method], name: str, config: RunConfig, info: DatasetInfo, device: torch.device, request: Request,
+    material: Material, labelled: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Every setting that can change the weights. What trains nothing does not depend on how it would be trained."""
+    settings = dotted(config)
+    shared: tuple[str, ...] = ("seed", "data.", "method.", "num_threads")
+    if plugin.own_encoder(info) is None:
+        shared += ("encoder.",)
+    if plugin.trains:
+        shared += ("epochs", "batch_size", "precision", "optim.", "schedule.")
+    expression = config.data.pretrain_split or info.pretrain_split
+    return {
+        "method": name,
+        "settings": {k: v for k, v in settings.items() if k.startswith(shared) and k != "method_name"},
+        "code": fingerprint.code_sha256(plugin),
+        "data": {split: material.digests[split] for split in expression.split("+")},
+        "statistics": [list(info.mean), list(info.std)],
+        "labelled": None if labelled is None else fingerprint.digest(sorted(labelled.tolist())),
+        "device": device.type,
+        "deterministic": request.deterministic and device.type == "cuda",
+        "numbers_version": fingerprint.NUMBERS_VERSION,
+    }
+
+
+def cells(arm: Arm, plan: Plan) -> list[Cell]:
+    """The evaluations of an arm, in order."""
+    out = []
+    for name in arm.evaluators:
+        plugin = registry.load_evaluator(name)
+        for budget in arm.budgets if plugin.needs_labels else (None,):
+            out.append(Cell(name, budget, _eval_id(arm, plan, plugin, budget)))
+    return out
+
+
+def _eval_id(arm: Arm, plan: Plan, plugin: type[Evaluator], budget: LabelBudget | None) -> str:
+    parts = {
+        "pretrain_id": arm.pretrain_id,
+        "evaluator": plugin.name,
+        "settings": dotted(arm.config.eval[plugin.name]),
+        "code": fingerprint.code_sha256(plugin),
+        "train": plan.material.digests.get("train") if budget else None,
+        "test_open": plan.material.has_test,
+        "precision": arm.config.precision if plugin.trains_encoder else None,
+        "numbers_version": fingerprint.NUMBERS_VERSION,
+        **describe_budget(budget),
+    }
+    return fingerprint.short_id(parts)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine facts that are logged beside a run; no host, user or path."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "pandas", "mlflow")
+    return {
+        "harness": __version__, "python": platform.python_version(), "system": platform.system(),
+        "machine": platform.machine(), "cores": os.cpu_count(), **{name: version(name) for name in packages},
+    }  # fmt: skip

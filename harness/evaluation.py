@@ -1,0 +1,187 @@
+"""What an evaluator works on: a private copy of the encoder, its features, the label budget and the training loop.
+
+Features are extracted once per split for all readouts and cached; the test split is opened on first use only.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness import pretrain
+from harness.augment import hash_seeds, mix, stream_key
+from harness.batches import Batches
+from harness.contracts import Config, Dataset, DatasetInfo, Encoder, HarnessError, LabelBudget, Split, TrainingOutcome
+
+PRETRAIN_SAMPLE = 2048  # images that label-free measures and figures look at
+EXTRACTION_BATCH = 256
+
+
+def image_digests(images: Tensor) -> set[bytes]:
+    """A digest of every decoded image (N, C, H, W) uint8."""
+    rows = images.permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
+    return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
+
+
+def sample_indices(count: int, limit: int, seed: int, salt: str) -> Tensor:
+    """`limit` of `count` positions in the order of hash(seed, index), sorted: nested in limit."""
+    if limit >= count:
+        return torch.arange(count)
+    order = torch.argsort(mix(hash_seeds(seed, 0, torch.arange(count)) + stream_key(salt)), stable=True)
+    return order[:limit].sort().values
+
+
+@dataclass
+class Material:
+    """The decoded data of one command, opened when first asked for and shared by every arm of it."""
+
+    dataset: Dataset
+    info: DatasetInfo
+    pretrain_images: Tensor
+    allow_test: bool
+    digest: Callable[[Split], str]
+    digests: dict[str, str] = field(default_factory=dict)
+    test_overlap: int | None = None
+    count_overlap: bool = False
+    _verified: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def has_test(self) -> bool:
+        return self.allow_test and "test" in self.info.counts
+
+    @property
+    def has_labels(self) -> bool:
+        return self.info.classes is not None
+
+    def verified(self, splits: tuple[str, ...]) -> bool:
+        """Whether every file behind these splits is the published one; files are hashed once per command."""
+        for name in splits:
+            if name not in self._verified:
+                self._verified[name] = self.dataset.verified(name)
+        return all(self._verified[name] for name in splits)
+
+    def split(self, name: str) -> Split:
+        """A decoded split; its digest is taken on the way."""
+        if name == "test" and not self.allow_test:
+            raise HarnessError("the test split is closed here: nothing may be chosen by looking at it")
+        split = self.dataset.split(name)
+        if name not in self.digests:
+            self.digests[name] = self.digest(split)
+            if name == "test" and self.count_overlap:
+                self.test_overlap = len(image_digests(split.images) & image_digests(self.pretrain_images))
+        return split
+
+
+@dataclass
+class Task:
+    """Implements contracts.EvaluationTask for one encoder, evaluator and label budget."""
+
+    encoder: Encoder
+    info: DatasetInfo
+    seed: int
+    device: torch.device
+    material: Material
+    label_budget: LabelBudget | None
+    cache: FeatureCache
+    bf16: bool
+    state_folder: Path
+    on_steps: Callable[[str, int, int, dict[str, float], int], None]
+
+    @property
+    def has_test(self) -> bool:
+        return self.material.has_test
+
+    @property
+    def budget(self) -> LabelBudget:
+        if self.label_budget is None:
+            raise HarnessError(f"data set '{self.info.name}' has no labels; only label-free evaluators can run on it")
+        return self.label_budget
+
+    def _indices(self, split: str) -> Tensor:
+        if split == "train":
+            return torch.from_numpy(np.asarray(self.budget.indices, dtype=np.int64))
+        count = len(self.material.pretrain_images if split == "pretrain" else self.material.split(split))
+        limit = PRETRAIN_SAMPLE if split == "pretrain" else count
+        return sample_indices(count, limit, 0, "sample")
+
+    def _source(self, split: str) -> Tensor:
+        return self.material.pretrain_images if split == "pretrain" else self.material.split(split).images
+
+    def features(self, split: str, readout: str) -> Tensor:
+        return self.cache.features(self, split, readout)
+
+    def images(self, split: str) -> Tensor:
+        return self._source(split)[self._indices(split)].to(self.device)
+
+    def labels(self, split: str) -> np.ndarray:
+        labels = self.material.split(split).labels
+        if labels is None:
+            raise HarnessError(f"data set '{self.info.name}' has no labels in its {split} split")
+        return labels[self._indices(split)].numpy()
+
+    def trainer(
+        self, key: str, module: nn.Module, images: Tensor, labels: Tensor, *, steps: int, batch_size: int, seed: int,
+        optim: Config, schedule: Config,
+    ) -> TrainingOutcome:
+        """The one training loop on `images` and `labels`; its states lie under this evaluation's own folder."""
+        module.to(self.device)
+        plan = pretrain.Plan(steps, seed, optim, schedule, self.bf16)  # type: ignore[arg-type]
+        data = Batches(images, labels, batch_size=min(batch_size, len(images)), seed=seed, device=self.device)
+
+        def log(step: int, means: dict[str, float], executed: int) -> None:
+            self.on_steps(key, step, steps, means, executed)
+
+        done = pretrain.train(module, data, plan, self.state_folder / key.replace("/", "_"), log)
+        losses = tuple((int(point["step"]), point["loss"]) for point in done.curve)
+        last = [loss for step, loss in losses if step > steps - max(data.steps_per_epoch, plan.log_every)]
+        final = float(np.mean(last)) if last else float("nan")
+        return TrainingOutcome(final, losses, done.executed, done.failed_at is None)
+
+
+class FeatureCache:
+    """Features of one encoder, by split and label subset."""
+
+    def __init__(self) -> None:
+        self._features: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def features(self, task: Task, split: str, readout: str) -> Tensor:
+        """(n, D) float32 on the CPU; one pass over the images serves every readout."""
+        key = (split, task.budget.sha256 if split == "train" else "")
+        if key not in self._features:
+            self._features[key] = extract(task.encoder, task._source(split), task._indices(split), task.device)
+        return self._features[key][readout]
+
+
+@torch.inference_mode()
+def extract(encoder: Encoder, images: Tensor, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Every readout of images[indices], in float32 and eval mode: {readout: (n, D) on the CPU}."""
+    was_training = encoder.training
+    encoder.eval()
+    parts: dict[str, list[Tensor]] = {name: [] for name in encoder.readouts}
+    for chunk in indices.split(EXTRACTION_BATCH):
+        batch = images[chunk].to(device).contiguous(memory_format=torch.channels_last)
+        feature_map = encoder(batch)
+        for name in encoder.readouts:
+            parts[name].append(encoder.read(feature_map, name).float().cpu())
+    encoder.train(was_training)
+    return {name: torch.cat(chunks).clone() for name, chunks in parts.items()}
+
+
+def private_copy(encoder: Encoder) -> Encoder:
+    """A copy that an evaluator may do with as it likes."""
+    return copy.deepcopy(encoder).eval()
+
+
+def describe_budget(budget: LabelBudget | None) -> dict[str, Any]:
+    """The part of a budget that is in an eval_id."""
+    if budget is None:
+        return {}
+    return {"labels": budget.spec, "label_seed": budget.label_seed, "fold": budget.fold, "subset": budget.sha256}

@@ -1,0 +1,1 @@
+"""Shipped settings and grids as TOML, each with its source in comments."""

@@ -1,0 +1,76 @@
+"""The pictures of a run: loss curve, what the method saw, first-layer filters, confusion, neighbours, feature maps.
+
+They are evidence for a reader, never an input to anything; one that cannot be drawn is left out with a tag that says
+why. Controls and floors get the loss curve and the confusion matrix only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from harness import durable, figures
+from harness.batches import Batches
+from harness.contracts import Evaluation, Method
+from harness.evaluation import Task
+from harness.journal import Journal
+
+if TYPE_CHECKING:
+    from harness.arms import Arm, Cell
+
+PREVIEWED = 8
+MAPPED_POINTS = 500
+
+
+def _add(journal: Journal, folder: Path, name: str, draw: Callable[[], bytes]) -> None:
+    path = folder / "figures" / f"{name}.png"
+    try:
+        durable.write_bytes(path, draw())
+    except (ValueError, RuntimeError, np.linalg.LinAlgError) as error:
+        journal.tags({f"figure.{name}": f"not drawn: {type(error).__name__}: {str(error)[:150]}"})
+        return
+    journal.artifact(f"figures/{path.name}", path)
+
+
+def log_pretraining_figures(
+    journal: Journal, folder: Path, arm: Arm, method: Method, data: Batches, curve: list[dict[str, float]]
+) -> None:
+    """After pretraining: how the loss fell, what the method saw, what its first layer looks like."""
+    title = f"{arm.method} on {arm.config.dataset_name}, seed {arm.config.seed}"
+    if curve:
+        names = [name for name in curve[-1] if name != "step"]
+        series = {name: [(p["step"], p[name]) for p in curve] for name in names}
+        _add(journal, folder, "loss", lambda: figures.loss_curve(series, title, ylabel="mean per interval"))
+    if arm.role != "method":
+        return
+    views = method.preview(next(data.batches(PREVIEWED)))
+    if views:
+        arrays = {name: view.float().cpu().numpy() for name, view in views.items()}
+        _add(journal, folder, "views", lambda: figures.views_grid(arrays, title=f"What {arm.method} saw"))
+    first = next((m for m in method.encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        weights = first.weight.detach().float().cpu().numpy()
+        _add(journal, folder, "filters", lambda: figures.first_layer_filters(weights, title=f"First layer after {title}"))
+
+
+def log_evaluation_figures(journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation) -> None:
+    """After an evaluation: its confusion matrix; for the method itself neighbours and 2-d maps of the features."""
+    suffix = "" if cell.budget is None or cell.budget.fold is None else f"_fold{cell.budget.fold}"
+    for readout, predicted in list(result.predictions.items())[:1]:
+        name = f"confusion_{cell.evaluator}_{readout}{suffix}"
+        true, classes = task.labels("test"), task.info.classes or ()
+        title = f"{arm.method}, {cell.evaluator} {readout}: test images"
+        _add(journal, folder, name, lambda t=true, p=predicted, c=classes, h=title: figures.confusion_matrix(t, p, c, title=h))
+    if arm.role != "method" or cell.evaluator != "linear_probe" or suffix:
+        return
+    readout = task.encoder.readouts[0]
+    features, labels = task.features("train", readout)[:MAPPED_POINTS].numpy(), task.labels("train")[:MAPPED_POINTS]
+    images = task.images("train")[:MAPPED_POINTS].cpu().numpy()
+    queries: list[Any] = list(range(min(6, len(images))))
+    _add(journal, folder, "neighbours", lambda: figures.nearest_neighbours(images, features, queries, labels=labels))
+    for kind in ("pca", "tsne"):
+        _add(journal, folder, f"features_{kind}", lambda k=kind: figures.feature_map_2d(features, labels, k, classes=task.info.classes))

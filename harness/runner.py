@@ -1,0 +1,412 @@
+"""run(config) -> rows: pretrain, evaluate, record; resumable at every arrow.
+
+One command is a list of arms (the method, its null control, the controls and floors) times evaluations. Everything
+finished is found by its identity and not done again; a row file is written only after what it speaks of is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness import __version__, checkpoint, durable, fingerprint, pretrain, provenance, records, registry, runs, tracking
+from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, make_plan
+from harness.batches import Batches
+from harness.config import Layers, dotted, load_recipe
+from harness.contracts import Encoder, Evaluation, HarnessError, Measurement, Method, Row, Status
+from harness.encoders import set_batch_norm_statistics
+from harness.evaluation import FeatureCache, Task, private_copy
+from harness.run_figures import log_evaluation_figures, log_pretraining_figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PREPARE_BATCH = 256  # of passes over the data outside training; fixed, because batch-norm statistics depend on it
+
+
+class Reporter:
+    """What a run tells whoever watches; the CLI overrides it, the Python API stays silent."""
+
+    def arm_started(self, arm: Arm, number: int, total: int) -> None: ...
+    def training(self, label: str, step: int, steps: int, means: Mapping[str, float], images_per_second: float) -> None: ...
+    def evaluating(self, arm: Arm, cell: Cell) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """Rows of every arm, cached ones included; problems: one line per arm that did not finish; what MLflow is owed."""
+
+    plan: Plan
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    owed: tracking.Owed = field(default_factory=tracking.Owed)
+    steps_executed: int = 0
+
+
+def execute(request: Request, reporter: Reporter | None = None, plan: Plan | None = None) -> Outcome:
+    """Do what is missing of a request and return all its rows.
+
+    Raises HarnessError before anything is written when the request cannot be met.
+    """
+    reporter = reporter or Reporter()
+    plan = plan or make_plan(request)
+    outcome = Outcome(plan)
+    tracker = tracking.Tracking(request.workspace, request.tracking)
+    tracker.start()
+    clean = False
+    try:
+        with _numerics(plan):
+            for number, arm in enumerate(plan.arms, 1):
+                reporter.arm_started(arm, number, len(plan.arms))
+                lock = request.workspace / ".harness" / "locks" / f"{arm.pretrain_id}.lock"
+                with durable.locked(lock, lambda: reporter.note("another process is at work on this arm; waiting for it")):
+                    _ArmRun(plan, arm, tracker, reporter, outcome).run()
+        main = plan.arms[0]
+        durable.write_sealed(request.workspace / ".harness" / "latest.json", {"pretrain_id": main.pretrain_id})
+        clean = True
+    finally:
+        # after an interrupt there is little time: what is not delivered stays in the journal for `harness sync`
+        outcome.owed = tracker.close(30.0 if clean else 4.0)
+    return outcome
+
+
+@contextlib.contextmanager
+def _numerics(plan: Plan) -> Iterator[None]:
+    """Threads and determinism of a run, put back afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.arms[0].config.num_threads or threads)
+    if plan.request.deterministic:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+
+
+class _ArmRun:
+    """Carries one arm from its configuration to its rows."""
+
+    def __init__(self, plan: Plan, arm: Arm, tracker: tracking.Tracking, reporter: Reporter, outcome: Outcome) -> None:
+        self.plan, self.arm, self.tracker, self.reporter, self.outcome = plan, arm, tracker, reporter, outcome
+        self.workspace = plan.request.workspace
+        self.folder = runs.checkpoint_folder(self.workspace, arm.pretrain_id)
+        self.journal: Any = None
+        self.cache = FeatureCache()
+
+    def run(self) -> None:
+        todo = []
+        for cell in [None, *cells(self.arm, self.plan)]:
+            eval_id = cell.eval_id if cell else self._own_id()
+            rows = records.read(records.rows_path(self.workspace, self.arm.pretrain_id, eval_id))
+            if rows is None or rows[0].status in ("INTERRUPTED", "OUT_OF_MEMORY", "FAILED"):
+                todo.append(cell)
+            else:
+                self.outcome.rows += [row for row in rows if row.metric != "status" or row.status != "FINISHED"]
+                if any(row.status == "NONFINITE" for row in rows):
+                    self.outcome.problems.append(f"{self.arm.method}: the loss was not finite at step {rows[0].steps}; not retried")
+                    return
+        if todo:
+            with self._recorded(), self._failures_become_rows():
+                self._work(todo)
+                records.rows_path(self.workspace, self.arm.pretrain_id, self._failure_id()).unlink(missing_ok=True)
+
+    def _work(self, todo: list[Cell | None]) -> None:
+        encoder, facts = self.pretrained()
+        if facts["status"] != "FINISHED":
+            return
+        for cell in todo:
+            if cell is not None:
+                self.reporter.evaluating(self.arm, cell)
+                self.evaluate(cell, encoder, facts)
+
+    # ------------------------------------------------------------------------------------------------ pretraining
+
+    def pretrained(self) -> tuple[Encoder, dict[str, Any]]:
+        """The arm's encoder, loaded if it was finished before, else trained now; on the device, in eval mode."""
+        saved = checkpoint.load_encoder(self.folder)
+        if saved is None:
+            return self._pretrain()
+        encoder = build_encoder(self.arm.method, self.arm.config, self.plan.material.info)
+        tensors, facts = saved
+        encoder.load_state_dict(tensors)
+        return encoder.to(self.plan.device, memory_format=torch.channels_last).eval(), facts  # type: ignore[call-overload]
+
+    def _pretrain(self) -> tuple[Encoder, dict[str, Any]]:
+        arm, device, info = self.arm, self.plan.device, self.plan.material.info
+        started, clock = _now(), time.monotonic()
+        method = build_method(arm.method, arm.config, info).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if arm.plugin.role == "outside":
+            weights = self.plan.request.weights
+            assert weights is not None
+            runs.adopt(method.encoder, runs.read_weights(weights), weights)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        images = self.plan.material.pretrain_images
+        everything = Batches(images, None, batch_size=min(PREPARE_BATCH, len(images)), seed=arm.config.seed, device=device)
+        method.prepare(everything)
+        facts: dict[str, Any] = {"status": "FINISHED", "steps": 0, "images_seen": 0, "images_per_second": None}
+        curve: list[dict[str, float]] = []
+        if arm.plugin.trains:
+            done = self._train(method)
+            curve = done.curve
+            steps = arm.steps if done.failed_at is None else done.failed_at
+            facts = {
+                "status": "FINISHED" if done.failed_at is None else "NONFINITE", "steps": steps,
+                "images_seen": steps * arm.batch_size,
+                "images_per_second": steps * arm.batch_size / done.seconds if done.seconds else None,
+            }  # fmt: skip
+            clock = time.monotonic() - done.seconds
+        method.eval()
+        facts |= {
+            "views_seen": facts["images_seen"] * arm.plugin.views_per_image, "device_seconds": time.monotonic() - clock,
+            "peak_memory_bytes": provenance.peak_memory_bytes(device), "started_at": started, "finished_at": _now(),
+            "curve": curve, **provenance.code_state(),
+        }  # fmt: skip
+        facts["weights_sha256"] = fingerprint.weights_sha256(method.encoder)
+        pretext = self._diagnose(method, everything, facts)
+        log_pretraining_figures(self.journal, self.folder, arm, method, everything, curve)
+        self._commit_pretraining(method.encoder, facts, pretext)
+        return method.encoder, facts
+
+    def _train(self, method: Method) -> pretrain.Finished:
+        arm, device = self.arm, self.plan.device
+        images, labels = self.plan.material.pretrain_images, None
+        if arm.labelled is not None:
+            train = self.plan.material.split("train")
+            assert train.labels is not None
+            images, labels = train.images[arm.labelled], train.labels[arm.labelled]
+        data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
+        bf16 = arm.config.precision == "bf16"
+        plan = pretrain.Plan(arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16)
+        return pretrain.train(method, data, plan, self.folder / "state", self._logger("pretrain", arm.steps, arm.batch_size))
+
+    def _logger(self, phase: str, steps: int, batch_size: int) -> pretrain.LogFunction:
+        last = {"time": time.monotonic()}
+
+        def log(step: int, means: dict[str, float], executed: int) -> None:
+            now = time.monotonic()
+            rate = executed * batch_size / max(now - last["time"], 1e-9)
+            last["time"] = now
+            self.outcome.steps_executed += executed
+            self.journal.steps(phase, executed)
+            self.journal.metrics(step, {f"{phase}.{name}": value for name, value in means.items()})
+            self.reporter.training(f"{self.arm.method} {phase}", step, steps, means, rate)
+
+        return log
+
+    def _diagnose(self, method: Method, everything: Batches, facts: dict[str, Any]) -> list[Measurement]:
+        """What the method says of its own pretext task, beside an untrained encoder with set batch-norm statistics."""
+        arm, info = self.arm, self.plan.material.info
+        if facts["status"] != "FINISHED" or type(method).diagnostics is Method.diagnostics:
+            return []
+        untrained = build_encoder(arm.method, arm.config, info).to(self.plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        set_batch_norm_statistics(untrained, everything.batches(64 * PREPARE_BATCH))
+        values = method.diagnostics(everything, untrained.eval())
+        return [Measurement(None, "pretrain", name, float(value)) for name, value in values.items()]
+
+    def _commit_pretraining(self, encoder: Encoder, facts: dict[str, Any], pretext: list[Measurement]) -> None:
+        stored = {**facts, "config": dotted(self.arm.config), "identity": self.arm.identity, "method": self.arm.method,
+                  "dataset": self.plan.request.dataset, "pretrain_id": self.arm.pretrain_id,
+                  "info": asdict(self.plan.material.info)}  # fmt: skip
+        checkpoint.save_encoder(self.folder, encoder.state_dict(), stored)
+        checkpoint.discard(self.folder / "state")
+        status: Status = facts["status"]
+        if status != "FINISHED":
+            self.outcome.problems.append(f"{self.arm.method}: the loss was not finite at step {facts['steps']}; the weights before it are kept")
+        rows = [self._row(m, None, facts, self._own_id(), "FINISHED") for m in pretext]
+        rows = rows or [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._own_id(), status)]
+        records.write(self.workspace, rows)
+        self._publish(rows)
+
+    def _failure_id(self) -> str:
+        return fingerprint.short_id({"failure": self.arm.pretrain_id})
+
+    def _own_id(self) -> str:
+        return fingerprint.short_id({"pretext": self.arm.pretrain_id})
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, cell: Cell, encoder: Encoder, facts: dict[str, Any]) -> None:
+        """Run one evaluator on one budget and commit its rows."""
+        arm, plan = self.arm, self.plan
+        evaluator = registry.load_evaluator(cell.evaluator)(arm.config.eval[cell.evaluator])
+        states = self.folder / cell.eval_id
+        phase = cell.evaluator if cell.budget is None or cell.budget.fold is None else f"{cell.evaluator}.fold{cell.budget.fold}"
+        loggers: dict[str, pretrain.LogFunction] = {}
+
+        def on_steps(key: str, step: int, steps: int, means: dict[str, float], executed: int) -> None:
+            if key not in loggers:
+                loggers[key] = self._logger(f"{phase}.{key.partition('/')[2]}", steps, arm.config.batch_size)
+            loggers[key](step, means, executed)
+
+        task = Task(
+            private_copy(encoder), plan.material.info, arm.config.seed, plan.device, plan.material, cell.budget,
+            self.cache, arm.config.precision == "bf16", states, on_steps,
+        )  # fmt: skip
+        started, clock = _now(), time.monotonic()
+        result: Evaluation = evaluator.evaluate(task)
+        timing = {"started_at": started, "finished_at": _now(), "device_seconds": time.monotonic() - clock}
+        rows = [self._row(m, cell, facts | timing, cell.eval_id, "FINISHED") for m in result.measurements]
+        log_evaluation_figures(self.journal, self.folder, arm, cell, task, result)
+        records.write(self.workspace, rows, result.chosen, result.predictions)
+        checkpoint.discard(states)
+        self._publish(rows)
+
+    def _publish(self, rows: list[Row]) -> None:
+        self.outcome.rows += [row for row in rows if row.metric != "status" or row.status != "FINISHED"]
+        self.journal.rows([row.model_dump(mode="json") for row in rows])
+
+    def _row(self, m: Measurement, cell: Cell | None, facts: Mapping[str, Any], eval_id: str, status: Status) -> Row:
+        arm, plan, budget = self.arm, self.plan, cell.budget if cell else None
+        settings = dotted(arm.config)
+        keep = {k: v for k, v in settings.items() if not k.startswith("eval.") or (cell and k.startswith(f"eval.{cell.evaluator}."))}
+        opened = sorted(arm.identity["data"]) + (["train"] if budget else []) + (["test"] if m.split == "test" else [])
+        digests = {name: plan.material.digests[name] for name in dict.fromkeys(opened)}
+        codes = [arm.identity["code"]]
+        if cell:
+            codes.append(fingerprint.code_sha256(registry.load_evaluator(cell.evaluator)))
+        finite = m.value is not None
+        return Row(
+            method=arm.method, config=keep, dataset=arm.config.dataset_name, data_sha256=fingerprint.digest(digests),
+            data_verified=plan.material.verified(tuple(digests)),
+            test_overlap=plan.material.test_overlap, pretrain_data=arm.config.data.pretrain_split or "",
+            encoder=arm.encoder, pretrain_id=arm.pretrain_id,
+            eval_id=eval_id, seed=arm.config.seed, label_seed=budget.label_seed if budget else None,
+            labels=budget.spec if budget else None, fold=budget.fold if budget else None,
+            label_subset_sha256=budget.sha256 if budget else None, evaluator=cell.evaluator if cell else "pretext",
+            readout=m.readout, split=m.split, metric=m.metric if finite else "status", value=m.value, n_test=m.n_test,
+            steps=facts["steps"], images_seen=facts["images_seen"], views_seen=facts["views_seen"],
+            device_seconds=facts["device_seconds"], device=plan.device.type, precision=arm.config.precision,
+            num_threads=arm.config.num_threads or 0, deterministic=plan.request.deterministic,
+            torch_version=facts["torch_version"], harness_version=__version__, git_commit=facts["git_commit"],
+            git_dirty=facts["git_dirty"], code_sha256=fingerprint.digest(codes),
+            numbers_version=fingerprint.NUMBERS_VERSION, started_at=facts["started_at"],
+            finished_at=facts["finished_at"], status=m.status or status, collapsed=m.collapsed, converged=m.converged,
+            weights_sha256=facts["weights_sha256"], images_per_second=facts["images_per_second"],
+            peak_memory_bytes=facts["peak_memory_bytes"],
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------ bookkeeping
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Open the arm's journal and end it truthfully, whatever happens in between."""
+        arm, info = self.arm, self.plan.material.info
+        self.journal = self.tracker.open(
+            arm.pretrain_id, name=f"{arm.method}-{arm.config.dataset_name}-s{arm.config.seed}",
+            params={key: str(value) for key, value in dotted(arm.config).items()},
+            tags={"method": arm.method, "role": arm.role, "dataset": arm.config.dataset_name, "encoder": arm.config.encoder.name,
+                  "seed": str(arm.config.seed)},
+            config=dotted(arm.config), environment=environment(),
+            datasets=[{"name": f"{info.name}/{k}", "digest": v, "context": "pretraining"} for k, v in arm.identity["data"].items()],
+            parent=None if arm is self.plan.arms[0] else self.plan.arms[0].pretrain_id,
+        )  # fmt: skip
+        status = "INTERRUPTED"
+        try:
+            yield
+            status = "FAILED" if any(p.startswith(f"{arm.method}:") for p in self.outcome.problems) else "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            self.journal.end(status)
+
+    @contextlib.contextmanager
+    def _failures_become_rows(self) -> Iterator[None]:
+        """An arm that fails leaves a status row and lets the others run; a caller's mistake still ends the command."""
+        try:
+            yield
+        except HarnessError:
+            raise
+        except Exception as error:
+            memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+            status: Status = "OUT_OF_MEMORY" if memory else "FAILED"
+            log = self.folder / "error.txt"
+            durable.write_bytes(log, traceback.format_exc().encode())
+            advice = "lower it with --set batch_size=N" if memory else f"the traceback is in {log}"
+            self.outcome.problems.append(f"{self.arm.method}: {status} ({type(error).__name__}: {str(error)[:200]}); {advice}")
+            facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
+                     "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
+                     **provenance.code_state()}  # fmt: skip
+            rows = [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._failure_id(), status)]
+            records.write(self.workspace, rows)
+            self._publish(rows)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ------------------------------------------------------------------------------------------------------- Python API
+
+
+def run(
+    method: str = "sc", dataset: str = "digits", *, workspace: str | Path = ".", recipe: str | list[str] | None = None,
+    data_dir: str | Path | None = None, labels: str | int | float = "all", label_seed: int | None = None,
+    evaluators: list[str] | None = None, device: str = "auto", deterministic: bool = False, offline: bool = False,
+    control: bool = True, tracking: str | None = None, set: Mapping[str, Any] | None = None, **settings: Any,
+) -> pd.DataFrame:
+    """Pretrain, evaluate beside the controls, record; return every row the call used as a DataFrame.
+
+    settings: any top-level setting (`seed=0`, `epochs=10`, `encoder="resnet18"`); dotted ones go into `set`
+    ({"optim.lr": 0.05}). The other arguments are the flags of `harness run`. Raises HarnessError for a mistake.
+    """
+    flags = {("encoder.name" if key == "encoder" else key): value for key, value in settings.items() if value is not None}
+    recipes = [recipe] if isinstance(recipe, str) else recipe or []
+    request = Request(
+        method=method, dataset=dataset, layers=Layers([load_recipe(r) for r in recipes], flags, dict(set or {})),
+        workspace=Path(workspace).resolve(), data_dir=Path(data_dir) if data_dir else None, labels=str(labels),
+        label_seed=label_seed, evaluators=tuple(evaluators) if evaluators else None, device=device,
+        deterministic=deterministic, offline=offline, control=control, tracking=tracking,
+    )  # fmt: skip
+    return records.frame(execute(request).rows)
+
+
+def evaluate(
+    run: str | None = None, *, weights: str | Path | None = None, encoder: str | None = None, dataset: str | None = None,
+    workspace: str | Path = ".", data_dir: str | Path | None = None, labels: str | int | float = "all",
+    label_seed: int | None = None, evaluators: list[str] | None = None, control: bool = True,
+    tracking: str | None = None, set: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """Evaluate a finished pretraining, or an outside encoder's weights, by the same protocol; return the rows."""
+    request = evaluation_request(
+        run, Path(weights) if weights else None, encoder, dataset, Path(workspace).resolve(), dict(set or {}),
+        data_dir=Path(data_dir) if data_dir else None, labels=str(labels), label_seed=label_seed,
+        evaluators=tuple(evaluators) if evaluators else None, control=control, tracking=tracking,
+    )  # fmt: skip
+    return records.frame(execute(request).rows)
+
+
+def evaluation_request(
+    run: str | None, weights: Path | None, encoder: str | None, dataset: str | None, workspace: Path,
+    overrides: dict[str, Any], **changes: Any,
+) -> Request:
+    """The request behind `harness evaluate`. Raises HarnessError when run and weights are both or neither given."""
+    if (run is None) == (weights is None):
+        raise HarnessError("evaluate takes either a RUN (see `harness list runs`) or --weights FILE")
+    if run is not None:
+        found = runs.find(workspace, run)
+        request = runs.request_again(found, layers=Layers(overrides=overrides), **changes)
+        if make_plan(request).arms[0].pretrain_id != found.pretrain_id:
+            raise HarnessError(f"run {found.pretrain_id} was made by other code or data than there is now; run its command again")
+        return request
+    if encoder is None or dataset is None:
+        raise HarnessError("--weights needs --encoder (what the weights are for) and --dataset (what to evaluate on)")
+    assert weights is not None
+    state = runs.read_weights(weights)
+    method = registry.methods_with_role("outside")[0]
+    overrides = {"encoder.name": encoder, "method.weights_sha256": fingerprint.tensors_sha256(state), **overrides}
+    return Request(method=method, dataset=dataset, layers=Layers(overrides=overrides), workspace=workspace, weights=weights, **changes)
+
+
+__all__ = ["Outcome", "Reporter", "Request", "evaluate", "evaluation_request", "execute", "run"]

@@ -1,0 +1,151 @@
+"""Finished pretrainings of a workspace: find one by a word, read what it was made of, load its encoder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import arms, checkpoint, durable, encoders, registry
+from harness.config import Layers, RunConfig, build
+from harness.contracts import DatasetInfo, Encoder, HarnessError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished pretraining. facts: everything recorded with its weights (config, identity, steps, digests, ...)."""
+
+    workspace: Path
+    pretrain_id: str
+    facts: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return checkpoint_folder(self.workspace, self.pretrain_id)
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration it was trained with."""
+        settings = {k: v for k, v in self.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))}
+        return build(self.facts["method"], self.facts["config"]["dataset_name"], settings, ())
+
+    @property
+    def info(self) -> DatasetInfo:
+        """The facts of the data it was trained on, as they were then."""
+        stored = self.facts["info"]
+        return DatasetInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+    def encoder(self) -> Encoder:
+        """The trained encoder on the CPU in eval mode; its digest is checked."""
+        plugin = registry.load_method(self.facts["method"])
+        encoder = plugin.own_encoder(self.info) or encoders.build(self.config.encoder, self.info)
+        loaded = checkpoint.load_encoder(self.folder)
+        assert loaded is not None
+        encoder.load_state_dict(loaded[0])
+        return encoder.eval()
+
+
+def checkpoint_folder(workspace: Path, pretrain_id: str) -> Path:
+    """Where the states and the finished encoder of a pretraining lie."""
+    return workspace / ".harness" / "checkpoints" / pretrain_id
+
+
+def finished(workspace: Path) -> list[Run]:
+    """Every finished pretraining of a workspace whose record is whole, oldest first."""
+    out = []
+    for pointer in (workspace / ".harness" / "checkpoints").glob("*/encoder.json"):
+        facts = durable.read_sealed(pointer)
+        if facts is not None:
+            out.append(Run(workspace, pointer.parent.name, facts))
+    return sorted(out, key=lambda run: (run.facts["finished_at"], run.pretrain_id))
+
+
+def find(workspace: Path, word: str) -> Run:
+    """The run that `word` names: `latest`, or a unique prefix of its pretrain_id. Raises HarnessError otherwise."""
+    if word == "latest":
+        pointer = workspace / ".harness" / "latest.json"
+        latest = durable.read_sealed(pointer) if pointer.exists() else None
+        if latest is None:
+            raise HarnessError(f"there is no finished run in {workspace}; make one with `harness run`")
+        word = latest["pretrain_id"]
+    if not re.fullmatch(r"[0-9a-f]{1,16}", word):
+        raise HarnessError(f"'{word}' names no run: give `latest` or the first letters of a pretrain_id (harness list runs)")
+    folders = sorted(p.parent.name for p in (workspace / ".harness" / "checkpoints").glob(f"{word}*/encoder.json"))
+    if len(folders) != 1:
+        found = f"several ({', '.join(folders[:4])}); give more letters" if folders else "none (see `harness list runs`)"
+        raise HarnessError(f"run '{word}' in {workspace}: found {found}")
+    facts = durable.read_sealed(checkpoint_folder(workspace, folders[0]) / "encoder.json")
+    if facts is None:
+        raise HarnessError(f"the record of run {folders[0]} is damaged; delete {checkpoint_folder(workspace, folders[0])} and rerun")
+    return Run(workspace, folders[0], facts)
+
+
+def load_encoder(run: str = "latest", workspace: str | Path = ".") -> Encoder:
+    """The encoder of a finished pretraining, on the CPU in eval mode: uint8 or [0, 1] images -> feature map.
+
+    run: `latest` or the first letters of a pretrain_id. Raises HarnessError when there is none or a byte is wrong.
+    """
+    return find(Path(workspace).resolve(), run).encoder()
+
+
+def request_again(run: Run, **changes: Any) -> arms.Request:
+    """The request that leads to this very pretraining again, with other evaluations."""
+    settings = {k: v for k, v in run.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))}
+    settings = {k: (tuple(v) if isinstance(v, list) else v) for k, v in settings.items()}
+    layers: Layers = changes.pop("layers", Layers())
+    layers = Layers(layers.recipes, {**layers.flags, **settings}, layers.overrides)
+    return arms.Request(
+        method=run.facts["method"], dataset=run.facts["dataset"], layers=layers, workspace=run.workspace,
+        device=run.facts["identity"]["device"], deterministic=run.facts["identity"]["deterministic"], **changes,
+    )  # fmt: skip
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """An outside encoder's state dict: safetensors, or a torch file read with `weights_only=True` (no code runs)."""
+    if not path.is_file():
+        raise HarnessError(f"--weights {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise HarnessError(f"--weights {path}: not a readable state dict ({reason})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise HarnessError(f"--weights {path}: not a state dict (a mapping of names to tensors)")
+    return state
+
+
+def adopt(encoder: Encoder, state: dict[str, Tensor], path: Path) -> None:
+    """Load an outside state dict into `encoder`; its statistics buffers may be missing, a classifier may be left over.
+
+    Raises HarnessError naming the first keys or shapes that do not fit.
+    """
+    own = encoder.state_dict()
+    for prefix in ("", "encoder.", "backbone.", "module."):
+        candidate = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        candidate = {k if k in own else f"model.{k}": v for k, v in candidate.items()}
+        missing = [k for k in own if k not in candidate and k not in ("mean", "std")]
+        if not missing:
+            wrong = [k for k in own if k in candidate and candidate[k].shape != own[k].shape]
+            if wrong:
+                raise HarnessError(
+                    f"--weights {path}: '{wrong[0]}' is {tuple(candidate[wrong[0]].shape)}, "
+                    f"encoder {encoder.name} needs {tuple(own[wrong[0]].shape)}"
+                )
+            encoder.load_state_dict({k: candidate.get(k, own[k]) for k in own})
+            return
+    absent = [k for k in own if k not in state and k not in ("mean", "std")]
+    raise HarnessError(f"--weights {path}: {len(absent)} tensors of encoder {encoder.name} are missing, first '{absent[0]}'")
+
+
+__all__ = ["Run", "adopt", "checkpoint_folder", "find", "finished", "load_encoder", "read_weights", "request_again"]
