@@ -1,0 +1,457 @@
+"""The `harness` command: turns words into configurations and prints what comes back; nothing else.
+
+Heavy modules are imported inside the verbs, so that help and completion are instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+import harness
+from harness import registry
+
+if TYPE_CHECKING:
+    from harness.arms import Request
+    from harness.runner import Outcome
+
+app = typer.Typer(
+    name="harness", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Pretrain a network without labels, measure it beside honest controls, and keep every number.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Fetch, verify or describe a data set's files.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception: journals are closed and locks freed on the way out."""
+
+
+def _complete(kind: registry.Kind) -> Any:
+    return lambda incomplete: [name for name in registry.names(kind) if name.startswith(incomplete)]
+
+
+Workspace = Annotated[Path, typer.Option("--workspace", help="Folder that holds results/, .harness/ and mlflow.db.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the data sets (else HARNESS_DATA, else ./data).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="Folder with methods/, datasets/ or evaluators/ of yours.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key (harness describe METHOD).")]
+Eval = Annotated[str | None, typer.Option("--eval", help="Evaluators, comma-separated (default linear_probe,knn,fine_tune,representation).")]
+Labels = Annotated[str, typer.Option("--labels", help="Label budget: all, a count, a fraction like 0.1, Npc per class, or folds.")]
+LabelSeed = Annotated[int | None, typer.Option("--label-seed", min=0, help="Which labelled images (default: the seed).")]
+Tracking = Annotated[str | None, typer.Option("--tracking", help="MLflow address, or none (default: the workspace's own store).")]
+RunWord = Annotated[str, typer.Argument(metavar="RUN", help="`latest` or the first letters of a pretrain_id.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"harness {harness.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    method: Annotated[str | None, typer.Option("--method", help="Registered method.", autocompletion=_complete("method"))] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=_complete("dataset"))] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="Network (default: the data set's).")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the pretraining images.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Fixes initialisation, order, views and label subset.")] = None,
+    labels: Labels = "all",
+    label_seed: LabelSeed = None,
+    evaluators: Eval = None,
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")] = None,
+    overrides: Set = None,
+    data_dir: DataDir = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", help="Side in pixels, for folder: data.")] = None,
+    workspace: Workspace = Path("."),
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never fetch anything.")] = False,
+    no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
+    tracking: Tracking = None,
+    plugins: Plugins = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pretrain METHOD on DATASET, evaluate it beside the controls, and record every number."""
+    _add_plugins(plugins)
+    from harness.arms import Request
+    from harness.config import Layers, load_recipe, parse_overrides
+
+    recipes = [load_recipe(name) for name in recipe or []]
+    flags = {"encoder.name": encoder, "epochs": epochs, "seed": seed, "data.image_size": image_size}
+    request = Request(
+        method=_needed("--method", method, recipes, "method"), dataset=_needed("--dataset", dataset, recipes, "dataset"),
+        layers=Layers(recipes, {k: v for k, v in flags.items() if v is not None}, parse_overrides(overrides or [])),
+        workspace=workspace.resolve(), data_dir=data_dir, labels=labels, label_seed=label_seed,
+        evaluators=_words(evaluators), device=device, deterministic=deterministic, offline=offline,
+        control=not no_control, tracking=tracking,
+    )  # fmt: skip
+    _carry_out(request, dry_run, as_json)
+
+
+@app.command()
+def evaluate(
+    word: Annotated[str | None, typer.Argument(metavar="[RUN]", help="`latest` or the first letters of a pretrain_id.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="State dict of an outside encoder (.safetensors or .pt).")] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="What the outside weights are for.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="What to evaluate outside weights on.")] = None,
+    labels: Labels = "all",
+    label_seed: LabelSeed = None,
+    evaluators: Eval = None,
+    overrides: Set = None,
+    data_dir: DataDir = None,
+    workspace: Workspace = Path("."),
+    no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
+    tracking: Tracking = None,
+    plugins: Plugins = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a finished pretraining, or an outside encoder, by the same protocol."""
+    _add_plugins(plugins)
+    from harness.config import parse_overrides
+    from harness.runner import evaluation_request
+
+    request = evaluation_request(
+        word, weights, encoder, dataset, workspace.resolve(), parse_overrides(overrides or []), data_dir=data_dir,
+        labels=labels, label_seed=label_seed, evaluators=_words(evaluators), control=not no_control, tracking=tracking,
+    )  # fmt: skip
+    _carry_out(request, dry_run, as_json)
+
+
+def _needed(flag: str, value: str | None, recipes: list[Any], key: str) -> str:
+    from harness.contracts import HarnessError
+
+    for recipe in recipes:
+        value = value or recipe.run.get(key)
+    if not value:
+        kind: registry.Kind = "method" if key == "method" else "dataset"
+        raise HarnessError(f"{flag} is missing; known: {', '.join(registry.names(kind))}")
+    return value
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return tuple(dict.fromkeys(w.strip() for w in text.split(",") if w.strip())) or None if text is not None else None
+
+
+def _add_plugins(folders: list[Path] | None) -> None:
+    for folder in folders or []:
+        registry.add_folder(folder)
+
+
+def _carry_out(request: Request, dry_run: bool, as_json: bool) -> None:
+    from harness import runner
+    from harness.arms import make_plan
+    from harness.console import TerminalReporter
+
+    plan = make_plan(request)
+    if dry_run:
+        _print_plan(plan, as_json)
+        return
+    with TerminalReporter() as reporter:
+        outcome = runner.execute(request, reporter, plan)
+    if as_json:
+        typer.echo(json.dumps({"rows": [row.model_dump(mode="json") for row in outcome.rows]}))
+    else:
+        _print_outcome(outcome)
+    for problem in outcome.problems:
+        typer.echo(f"harness: {problem}", err=True)
+    if outcome.owed:
+        typer.echo(f"harness: {outcome.owed.line}", err=True)
+    if outcome.problems:
+        raise typer.Exit(1)
+
+
+def _print_plan(plan: Any, as_json: bool) -> None:
+    from harness.arms import cells
+    from harness.config import dotted
+    from harness.console import print_table
+
+    arms = [
+        {"method": arm.method, "role": arm.role, "pretrain_id": arm.pretrain_id, "encoder": arm.encoder, "steps": arm.steps,
+         "batch_size": arm.batch_size, "config": dotted(arm.config),
+         "evaluations": [{"evaluator": c.evaluator, "labels": c.budget.spec if c.budget else None, "eval_id": c.eval_id} for c in cells(arm, plan)]}
+        for arm in plan.arms
+    ]  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({"arms": arms}))
+        return
+    columns = ["method", "role", "encoder", "steps", "batch", "pretrain_id", "evaluations"]
+    print_table(columns, [[a["method"], a["role"], a["encoder"], a["steps"], a["batch_size"], a["pretrain_id"],
+                           ", ".join(dict.fromkeys(str(e["evaluator"]) for e in a["evaluations"]))] for a in arms],
+                f"dry run on {plan.device.type}: nothing was written", ["steps", "batch"])  # fmt: skip
+    print_table(["setting", "value"], arms[0]["config"].items(), f"settings of {arms[0]['method']}")
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    from harness.console import console, print_pretext, print_summary
+    from harness.report.summary import summarise
+
+    plan, request = outcome.plan, outcome.plan.request
+    print_pretext(row for row in outcome.rows if row.pretrain_id == plan.arms[0].pretrain_id)
+    for summary in summarise(outcome.rows):
+        print_summary(summary, plan.arms[0].config.dataset_name, request.method, plan.seed)
+    out = console()
+    if any(row.collapsed for row in outcome.rows):
+        out.print("collapsed: " + ", ".join(dict.fromkeys(row.method for row in outcome.rows if row.collapsed)), markup=False)
+    if plan.material.test_overlap:
+        out.print(f"{plan.material.test_overlap} test images are also in the pretraining data (test_overlap)", markup=False)
+    if not any(row.split == "test" for row in outcome.rows):
+        out.print("no test split was opened: validation rows only", markup=False)
+    out.print(f"{len(outcome.rows)} rows of {len(plan.arms)} arms in {request.workspace}/results/runs; "
+              f"{outcome.steps_executed:,} steps were executed now", markup=False)  # fmt: skip
+    if request.tracking is None:
+        where = "" if request.workspace == Path.cwd() else f" --workspace {request.workspace}"
+        out.print(f"MLflow: harness ui{where}", markup=False)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes or runs.")],
+    workspace: Workspace = Path("."),
+    plugins: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """List what is registered, or the runs of a workspace."""
+    _add_plugins(plugins)
+    from harness import listing
+    from harness.console import print_table
+
+    records = listing.records(what, workspace.resolve())
+    if as_json:
+        typer.echo(json.dumps({what: records}))
+    elif records:
+        columns = list(records[0])
+        print_table(columns, [[record[c] for c in columns] for record in records])
+    else:
+        typer.echo(f"no {what} yet")
+
+
+@app.command()
+def describe(
+    method: Annotated[str, typer.Argument(help="Registered method.", autocompletion=_complete("method"))],
+    plugins: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Show every setting of METHOD: key, default, meaning, search range, source."""
+    _add_plugins(plugins)
+    from harness import listing
+    from harness.console import console, print_table
+
+    description = listing.describe(method)
+    if as_json:
+        typer.echo(json.dumps(description, default=str))
+        return
+    console().print(f"{description['method']}: {description['title']}\n{description['source']}", markup=False)
+    columns = ["key", "type", "default", "meaning", "search", "source"]
+    print_table(columns, [[record[c] for c in columns] for record in description["settings"]])
+
+
+@app.command()
+def show(run: RunWord = "latest", workspace: Workspace = Path("."), as_json: Json = False) -> None:
+    """Show one pretraining: its settings, steps, digests and rows."""
+    from harness import listing
+    from harness.console import print_table
+
+    facts = listing.show(workspace.resolve(), run)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    print_table(["fact", "value"], [[k, v] for k, v in facts.items() if k not in ("rows", "curve", "config")])
+    print_table(["setting", "value"], facts["config"].items(), "settings")
+    columns = ["evaluator", "readout", "labels", "fold", "split", "metric", "value"]
+    print_table(columns, [[row[c] for c in columns] for row in facts["rows"]], "rows")
+
+
+@data_app.command("fetch")
+def data_fetch(dataset: str, data_dir: DataDir = None, offline: Annotated[bool, typer.Option("--offline")] = False) -> None:
+    """Download what is missing of DATASET, verified."""
+    from harness.arms import open_dataset
+
+    for line in open_dataset(dataset, data_dir, None, offline).fetch(offline=offline):
+        typer.echo(line)
+
+
+@data_app.command("verify")
+def data_verify(dataset: str, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Check every file of DATASET: published, readable but not the published file, broken, or missing."""
+    from harness.arms import open_dataset
+    from harness.console import print_table
+
+    reports = open_dataset(dataset, data_dir, None, True).verify()
+    if as_json:
+        typer.echo(json.dumps({"files": [{"name": r.name, "state": r.state, "detail": r.detail} for r in reports]}))
+    else:
+        print_table(["file", "state", "detail"], [[r.name, r.state, r.detail] for r in reports])
+    if any(r.state in ("broken", "missing") for r in reports):
+        raise typer.Exit(1)
+
+
+@data_app.command("info")
+def data_info(dataset: str, data_dir: DataDir = None, image_size: Annotated[int | None, typer.Option("--image-size")] = None, as_json: Json = False) -> None:
+    """Describe DATASET as its files are: counts, sizes, statistics, licence."""
+    from dataclasses import asdict
+
+    from harness.arms import open_dataset
+    from harness.console import print_table
+
+    facts = asdict(open_dataset(dataset, data_dir, image_size, True).info)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        print_table(["fact", "value"], facts.items())
+
+
+@app.command()
+def export(
+    run: RunWord,
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    workspace: Workspace = Path("."),
+    data_dir: DataDir = None,
+) -> None:
+    """Write the encoder of RUN as safetensors and, for a ResNet, as a torchvision state dict with the probe as its fc."""
+    from harness import runs
+    from harness.export import export as write
+
+    for line in write(runs.find(workspace.resolve(), run), out, data_dir).lines():
+        typer.echo(line)
+
+
+@app.command()
+def embed(
+    run: RunWord,
+    images: Annotated[Path, typer.Argument(help="Folder of images, one image, or a uint8 .npy array.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.parquet")],
+    workspace: Workspace = Path("."),
+) -> None:
+    """Write the features that the probe used for images of yours."""
+    from harness import runs
+    from harness.embed import embed as write
+
+    count = write(runs.find(workspace.resolve(), run), images, out)
+    typer.echo(f"{count} images embedded into {out}")
+
+
+@app.command()
+def ui(
+    workspace: Workspace = Path("."),
+    host: Annotated[str, typer.Option("--host", help="Loopback unless you mean otherwise: MLflow has no login.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow's pages on this workspace's store."""
+    from harness import tracking
+
+    raise typer.Exit(tracking.serve_ui(workspace.resolve(), host, port))
+
+
+@app.command()
+def sync(workspace: Workspace = Path("."), tracking: Tracking = None) -> None:
+    """Deliver to MLflow what earlier commands could not; rebuild its store from the journals if it is gone."""
+    from harness import tracking as mirror
+
+    report = mirror.sync(workspace.resolve(), tracking)
+    typer.echo(f"tracking: {report.delivered:,} records delivered")
+    for refused in report.refused:
+        typer.echo(f"harness: MLflow refused {refused}", err=True)
+    if report.owed:
+        typer.echo(f"harness: {report.owed.line}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    workspace: Workspace = Path("."),
+    data_dir: DataDir = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Sweep leftovers, end dead runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Examine versions, device, disk, data, rows, checkpoints and dead runs."""
+    from dataclasses import asdict
+
+    from harness.arms import data_root
+    from harness.console import print_table
+    from harness.doctor import examine
+
+    findings = examine(workspace.resolve(), data_root(data_dir), repair)
+    if as_json:
+        typer.echo(json.dumps({"findings": [asdict(f) for f in findings]}))
+    else:
+        print_table(["level", "what", "advice"], [[f.level, f.what, "repaired" if f.repaired else f.advice] for f in findings])
+    if any(f.level == "problem" and not f.repaired for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    workspace: Workspace = Path("."),
+    days: Annotated[float, typer.Option("--older-than-days", help="Age of the checkpoints to remove.")] = 30.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove checkpoints by age; rows are never removed."""
+    from harness.clean import clean as remove
+
+    for line in remove(workspace.resolve(), days, dry_run).lines():
+        typer.echo(line)
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)  # a second one must not interrupt the way out
+    raise Terminated
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 an arm failed, 2 a mistake of the caller's, 130 Ctrl-C, 143 SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminated)
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.exceptions.NoSuchOption) and error.possibilities:
+            hint = f"; did you mean {', '.join(sorted(error.possibilities))}?"
+        code = _mistake(error.format_message().strip().replace("\n", " ") + hint)
+    except (KeyboardInterrupt, click.Abort):
+        code = _stopped("interrupted", 130)
+    except Terminated:
+        code = _stopped("terminated", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        from harness.contracts import HarnessError
+
+        if not isinstance(error, HarnessError):
+            raise
+        code = _mistake(str(error).replace("\n", " "))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # mirror threads and MLflow's own must not hold the process up: everything durable is on disk by now
+    os._exit(int(code))
+
+
+def _mistake(text: str) -> int:
+    typer.echo(f"harness: {text}", err=True)
+    return 2
+
+
+def _stopped(word: str, code: int) -> int:
+    typer.echo(f"harness: {word}; the same command continues where it stopped", err=True)
+    return code

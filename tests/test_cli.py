@@ -1,0 +1,121 @@
+"""The command line: light help, one-line errors, nothing written by a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "torchvision", "mlflow", "pandas", "sklearn")
+
+
+def harness(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from harness.cli import main; main()", *words],
+        cwd=cwd, capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["--help"], {}), (["run", "--help"], {}), (["data", "--help"], {}), (["--version"], {}),
+        ([], {"_HARNESS_COMPLETE": "complete_bash", "COMP_WORDS": "harness run --method s", "COMP_CWORD": "3"}),
+    ],
+)  # fmt: skip
+def test_help_and_completion_load_nothing_heavy(words: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "sys.argv = ['harness'] + sys.argv[1:]\n"
+        "def show(code): print('LOADED', [m for m in sys.modules if m in %r]); sys.stdout.flush(); raise SystemExit\n"
+        "os._exit = show\n"
+        "import click\n"
+        "from harness import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: print('LOADED', [m for m in sys.modules if m in %r])\n"
+    ) % (HEAVY, HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert "LOADED []" in done.stdout, done.stdout + done.stderr
+    if environment:
+        assert "sc" in done.stdout.split()
+
+
+BAD = [
+    (["run", "--method", "scc", "--dataset", "digits"], "unknown method 'scc'; did you mean sc"),
+    (["run", "--method", "sc", "--dataset", "digit"], "unknown dataset 'digit'; did you mean digits?"),
+    (["run", "--method", "sc"], "--dataset is missing; known: "),
+    (["run", "--method", "../sc", "--dataset", "digits"], "'../sc'"),
+    (["run", "--method", "sc", "--dataset", "../digits"], "'../digits'"),
+    (["run", "--method", "sc", "--dataset", "digits", "--epochs", "-1"], "setting 'epochs': input should be greater than"),
+    (["run", "--method", "sc", "--dataset", "digits", "--epochs", "two"], "'two' is not a valid int"),
+    (["run", "--method", "sc", "--dataset", "digits", "--set", "method.ptch=2"], "did you mean method.patch"),
+    (["run", "--method", "sc", "--dataset", "digits", "--set", "method.patch=7"], "larger than"),
+    (["run", "--method", "sc", "--dataset", "digits", "--set", "method.overlap=disjoint"], "P(input-disjoint) = 0"),
+    (["run", "--method", "sc", "--dataset", "digits", "--set", "batch_size=5000"], "batch_size 5000 is larger than the 1,297"),
+    (["run", "--method", "sc", "--dataset", "digits", "--labels", "500pc"], "500pc"),
+    (["run", "--method", "sc", "--dataset", "digits", "--labels", "-3"], "-3"),
+    (["run", "--method", "sc", "--dataset", "digits", "--labels", "folds"], "folds"),
+    (["run", "--method", "sc", "--dataset", "digits", "--device", "cuda"], "--device cuda: torch finds no CUDA device"),
+    (["run", "--method", "sc", "--dataset", "digits", "--device", "tpu9"], "is not a device"),
+    (["run", "--method", "sc", "--dataset", "digits", "--recipe", "quik"], "did you mean quick?"),
+    (["run", "--method", "sc", "--dataset", "digits", "--eval", "linear"], "unknown evaluator 'linear'; did you mean linear_probe?"),
+    (["run", "--method", "sc", "--dataset", "digits", "--encoder", "resnet17"], "resnet1"),
+    (["run", "--method", "sc", "--dataset", "digits", "--tracking", "some/folder"], "some/folder"),
+    (["run", "--method", "sc", "--dataset", "digits", "--data-dri", "x"], "no such option: --data-dri"),
+    (["run", "--method", "sc", "--dataset", "mnist", "--offline", "--data-dir", "nowhere"], "train-images-idx3-ubyte"),
+    (["run", "--method", "sc", "--dataset", "folder:missing"], "missing"),
+    (["run", "--method", "outside", "--dataset", "digits"], "harness evaluate --weights"),
+    (["run", "--method", "sc", "--dataset", "digits", "--plugins", "nowhere"], "no plugin under"),
+    (["runn"], "no such command 'runn'"),
+    (["show", "latest"], "there is no finished run"),
+    (["show", "../x"], "names no run"),
+    (["evaluate"], "takes either a RUN"),
+    (["evaluate", "--weights", "w.pt"], "needs --encoder"),
+    (["list", "method"], "did you mean methods?"),
+    (["describe", "scc"], "did you mean sc"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
+def test_a_mistake_is_one_line_exit_2_and_nothing_written(words: list[str], expected: str, tmp_path: Path) -> None:
+    if "cuda" in words:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device here")
+    done = harness(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected.lower() in done.stderr.lower()
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_dry_run_writes_nothing_and_json_is_json(tmp_path: Path) -> None:
+    done = harness("run", "--method", "sc", "--dataset", "digits", "--dry-run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arms = json.loads(done.stdout)["arms"]
+    assert arms[0]["method"] == "sc"
+    assert {arm["role"] for arm in arms} == {"method", "null control", "control", "floor"}
+    assert len({arm["pretrain_id"] for arm in arms}) == len(arms)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["methods", "datasets", "encoders", "evaluators", "recipes", "runs"])
+def test_lists(what: str, tmp_path: Path) -> None:
+    done = harness("list", what, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)[what]
+    assert records or what == "runs"
+
+
+def test_describe_shows_every_setting_with_its_meaning(tmp_path: Path) -> None:
+    done = harness("describe", "sc", "--json", cwd=tmp_path)
+    settings = json.loads(done.stdout)["settings"]
+    assert {"method.patch", "optim.lr", "epochs", "eval.knn.variants"} & {s["key"] for s in settings} >= {"method.patch", "optim.lr", "epochs"}
+    assert all(s["meaning"] for s in settings)
