@@ -1,0 +1,36 @@
+"""Fixtures that any test may use; nothing heavy is imported until one is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SUPPORT = Path(__file__).parent / "support"
+
+
+def _support(name: str) -> ModuleType:
+    """Load tests/support/NAME.py by its path: with --import-mode=importlib the tests are no package to import from."""
+    full_name = f"harness_test_support_{name}"
+    if full_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full_name, SUPPORT / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full_name]
+
+
+@pytest.fixture(scope="session")
+def published_formats() -> ModuleType:
+    """Writers of tiny data sets in their published formats (see tests/support/published_formats.py)."""
+    return _support("published_formats")
+
+
+@pytest.fixture(scope="session")
+def file_server() -> ModuleType:
+    """A local HTTP server that misbehaves on request (see tests/support/file_server.py)."""
+    return _support("file_server")
