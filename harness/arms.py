@@ -38,6 +38,7 @@ class Request:
     tracking: str | None = None
     allow_test: bool = True
     weights: Path | None = None
+    checkpoint_seconds: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,10 @@ def make_plan(request: Request) -> Plan:
     _refuse_path_separators(request)
     probe = _resolve(request, request.method, plugin.default_encoder, evaluators)
     dataset = open_dataset(request.dataset, request.data_dir, probe.data.image_size, request.offline)
+    if request.allow_test:  # bytes only: a broken test file is better named now than after the training
+        for file in dataset.verify():
+            if file.state == "broken":
+                raise HarnessError(f"data set '{request.dataset}': {file.name} is broken: {file.detail}")
     info: DatasetInfo = dataset.info
     digests: dict[str, str] = {}
     images = _pretrain_images(dataset, info, probe.data, probe.seed, digests)

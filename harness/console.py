@@ -90,16 +90,17 @@ def print_summary(summary: Summary, dataset: str, method: str, seed: int) -> Non
     """The closing table of `harness run`: accuracies, then differences to random_init in points of accuracy."""
     split = summary.split
     readouts = summary.readouts
-    columns = ["method", *readouts, "headline", "kNN", "fine-tune", "headline - random_init", "fine-tune - random_init"]
+    columns = ["method", *readouts, "headline", "kNN", "fine-tune", "Δ headline", "Δ fine-tune"]
     rows = []
     for line in summary.lines:
         headline = "" if line.headline is None else f"{line.headline:.4f} ({line.readout})"
         tuned = _number(line.fine_tune) + ("" if line.fine_tune_converged in (None, True) else " !")
         rows.append([line.method, *(_number(line.readouts.get(name)) for name in readouts), headline, _number(line.knn),
                      tuned, _points(line.gain), _points(line.gain_fine_tune)])  # fmt: skip
-    title = f"{dataset}, seed {seed}, labels {summary.labels}: top-1 on the {split} split (headline = readout chosen on validation)"
+    title = f"{dataset}, seed {seed}, labels {summary.labels}: top-1 on the {split} split"
     print_table(columns, rows, title, numeric=columns[1:])
     out = console()
+    out.print("headline: the readout chosen on validation. Δ: paired difference to random_init, same seed and labels.", markup=False)
     if verdict := summary.verdict(method):
         out.print(verdict, markup=False)
     if any(line.fine_tune_converged is False for line in summary.lines):

@@ -55,7 +55,7 @@ class Material:
 
     @property
     def has_test(self) -> bool:
-        return self.allow_test and "test" in self.info.counts
+        return self.allow_test and self.info.counts.get("test", 0) > 0
 
     @property
     def has_labels(self) -> bool:
@@ -94,6 +94,7 @@ class Task:
     bf16: bool
     state_folder: Path
     on_steps: Callable[[str, int, int, dict[str, float], int], None]
+    checkpoint_seconds: float
 
     @property
     def has_test(self) -> bool:
@@ -133,7 +134,7 @@ class Task:
     ) -> TrainingOutcome:
         """The one training loop on `images` and `labels`; its states lie under this evaluation's own folder."""
         module.to(self.device)
-        plan = pretrain.Plan(steps, seed, optim, schedule, self.bf16)  # type: ignore[arg-type]
+        plan = pretrain.Plan(steps, seed, optim, schedule, self.bf16, self.checkpoint_seconds)  # type: ignore[arg-type]
         data = Batches(images, labels, batch_size=min(batch_size, len(images)), seed=seed, device=self.device)
 
         def log(step: int, means: dict[str, float], executed: int) -> None:
