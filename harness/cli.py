@@ -84,6 +84,7 @@ def run(
     offline: Annotated[bool, typer.Option("--offline", help="Never fetch anything.")] = False,
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
     tracking: Tracking = None,
+    checkpoint_seconds: Annotated[float, typer.Option("--checkpoint-seconds", min=0, help="Save the training state this often.")] = 10.0,
     plugins: Plugins = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")] = False,
     as_json: Json = False,
@@ -100,7 +101,7 @@ def run(
         layers=Layers(recipes, {k: v for k, v in flags.items() if v is not None}, parse_overrides(overrides or [])),
         workspace=workspace.resolve(), data_dir=data_dir, labels=labels, label_seed=label_seed,
         evaluators=_words(evaluators), device=device, deterministic=deterministic, offline=offline,
-        control=not no_control, tracking=tracking,
+        control=not no_control, tracking=tracking, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     _carry_out(request, dry_run, as_json)
 

@@ -186,8 +186,8 @@ class _ArmRun:
             assert train.labels is not None
             images, labels = train.images[arm.labelled], train.labels[arm.labelled]
         data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
-        bf16 = arm.config.precision == "bf16"
-        plan = pretrain.Plan(arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16)
+        bf16, plan_request = arm.config.precision == "bf16", self.plan.request
+        plan = pretrain.Plan(arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16, plan_request.checkpoint_seconds)
         return pretrain.train(method, data, plan, self.folder / "state", self._logger("pretrain", arm.steps, arm.batch_size))
 
     def _logger(self, phase: str, steps: int, batch_size: int) -> pretrain.LogFunction:
@@ -251,7 +251,7 @@ class _ArmRun:
 
         task = Task(
             private_copy(encoder), plan.material.info, arm.config.seed, plan.device, plan.material, cell.budget,
-            self.cache, arm.config.precision == "bf16", states, on_steps,
+            self.cache, arm.config.precision == "bf16", states, on_steps, plan.request.checkpoint_seconds,
         )  # fmt: skip
         started, clock = _now(), time.monotonic()
         result: Evaluation = evaluator.evaluate(task)
