@@ -16,7 +16,7 @@ TIERS: list[set[str]] = [
     {"cli"},
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"runner"},
-    {"run_figures", "tracking", "runs"},
+    {"run_figures", "mirror", "delivery", "tracking", "runs"},
     {"arms"},
     {"evaluation", "provenance", "records"},
     {"pretrain", "config", "budgets", "journal", "figures"},
@@ -36,8 +36,14 @@ PLUGIN_LIBRARIES = {
     "datasets": {"torchvision", "PIL", "sklearn"},
     "harness/evaluators": {"sklearn", "scipy"},
 }
+# Exporting is folding this very probe into a torchvision network.
+EXCEPTIONS = {"export.py": {"evaluators.linear_probe"}}
 # A method may build on the one it is a variant of.
-VARIANTS = {"methods/sc_null.py": {"methods.sc"}, "methods/pixels_svm.py": {"methods.pixels"}, "methods/hog.py": {"methods.pixels"}}
+VARIANTS = {
+    "methods/sc_null.py": {"methods.sc"},
+    "methods/pixels_svm.py": {"methods.pixels"},
+    "methods/hog.py": {"methods.pixels"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -57,7 +63,9 @@ def imports(path: Path) -> set[str]:
 
 
 def core_files() -> list[Path]:
-    return [p for p in sorted((ROOT / "harness").rglob("*.py")) if "evaluators" not in p.parts and "recipes" not in p.parts]
+    return [
+        p for p in sorted((ROOT / "harness").rglob("*.py")) if "evaluators" not in p.parts and "recipes" not in p.parts
+    ]
 
 
 def tier_of(module: str) -> int:
@@ -68,10 +76,19 @@ def tier_of(module: str) -> int:
 
 @pytest.mark.parametrize("path", core_files(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_core_imports_downwards_only(path: Path) -> None:
-    module = path.relative_to(ROOT / "harness").with_suffix("").as_posix().replace("/", ".").removesuffix("__init__").strip(".")
+    module = (
+        path.relative_to(ROOT / "harness")
+        .with_suffix("")
+        .as_posix()
+        .replace("/", ".")
+        .removesuffix("__init__")
+        .strip(".")
+    )
     for name in imports(path):
         if name.startswith("harness."):
             target = name.removeprefix("harness.")
+            if target in EXCEPTIONS.get(path.name, set()):
+                continue
             if target.startswith(("methods", "datasets", "evaluators")):
                 pytest.fail(f"{path.name} names the plugin {target}; only the registry loads plugins")
             known = {n for tier in TIERS for n in tier}
@@ -106,9 +123,21 @@ def test_the_core_names_no_plugin_method() -> None:
     from harness import registry
 
     # `random_init` is the baseline column of the summary; `pixels` and `folder` are also plain words
-    names = (set(registry.names("method")) | set(registry.names("dataset"))) - {"random_init", "pixels", "folder", "supervised", "outside", "digits", "sc"}
+    names = (set(registry.names("method")) | set(registry.names("dataset"))) - {
+        "random_init",
+        "pixels",
+        "folder",
+        "supervised",
+        "outside",
+        "digits",
+        "sc",
+    }
     for path in core_files():
-        strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         assert not strings & names, f"{path.name} names {strings & names}"
 
 

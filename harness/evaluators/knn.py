@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.contracts import Config, Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
 
 SIMILARITIES_AT_ONCE = 2**24  # 64 MiB of float32
 
@@ -25,7 +25,7 @@ class KNearestNeighbours(Evaluator):
 
     name = "knn"
 
-    class Config(Config):
+    class Config(Evaluator.Config):
         """`eval.knn.*`."""
 
         num_neighbours: int = setting(20, "k of `top1`, clipped to half the labels of the smallest class", ge=1)

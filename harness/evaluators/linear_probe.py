@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.contracts import Config, Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
 
 PATH_TOLERANCE = 1e-3  # relative excess of the objective
 TOLERANCE = 1e-10
@@ -249,7 +249,7 @@ class LinearProbe(Evaluator):
 
     name = "linear_probe"
 
-    class Config(Config):
+    class Config(Evaluator.Config):
         """`eval.linear_probe.*`."""
 
         weakest: float = setting(1e-6, "weakest penalty per sample", gt=0)

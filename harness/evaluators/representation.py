@@ -1,15 +1,16 @@
 """Label-free measures of a representation: an alarm within one method, never a ranking across methods.
 
 On a fixed sample of pretraining images and the first readout of the encoder (`gap` for conv nets):
-- `effective_rank`: RankMe (Garrido et al., 2023, equation 1), exp of the entropy of the normalised singular values;
-  not centred, as there.
-- `lidar`: Thilak et al., 2024 (section 3): the same of the eigenvalues of Sw^-1/2 Sb Sw^-1/2, where every image is a
-  class and its views are the members.
-- `alignment`, `uniformity`: Wang & Isola, 2020 (sections 4.1.1 and 4.1.2, alpha = t = 2) on unit-normalised features.
+- `effective_rank`: RankMe (Garrido et al., 2023), exp of the entropy of the normalised singular values; not centred,
+  as there.
+- `lidar`: Thilak et al., 2024: the same of the eigenvalues of Sw^-1/2 Sb Sw^-1/2, where every image is a class and its
+  views are the members.
+- `alignment`, `uniformity`: Wang & Isola, 2020 (section 4.1, alpha = t = 2) on unit-normalised features.
 - `feature_std`: standard deviation of the unit-normalised features, averaged over dimensions; 1 / sqrt(D) at most.
 
-Views are shifts of up to 2 pixels and, where it keeps the label, mirroring: the same for every method, encoder and seed,
-so that numbers can be compared. They are milder than the authors' own augmentations, and LiDAR's sample is smaller.
+Views are shifts of up to 2 pixels and, where it keeps the label, mirroring: the same for every method, encoder and
+seed, so that an arm can be followed over time. They are milder than the authors' own augmentations, and LiDAR's sample
+is smaller, so the values are not those of the papers.
 `collapsed` = effective rank below 1.5 or feature_std below 0.1 / sqrt(D).
 """
 
@@ -24,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.augment import hash_seeds, shift_and_mirror
-from harness.contracts import Config, Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
 
-RANK_EPSILON = 1e-7  # Garrido et al. 2023, equation 1
-WITHIN_EPSILON = 1e-4  # Thilak et al. 2024, delta of section 3: keeps Sw invertible
+RANK_EPSILON = 1e-7  # Garrido et al. 2023: added to every share
+WITHIN_EPSILON = 1e-4  # Thilak et al. 2024, delta: keeps Sw invertible
 SHIFT = 2
 COLLAPSED_RANK = 1.5
 COLLAPSED_STD = 0.1
@@ -40,11 +41,11 @@ class Representation(Evaluator):
     name = "representation"
     needs_labels = False
 
-    class Config(Config):
+    class Config(Evaluator.Config):
         """`eval.representation.*`."""
 
         num_images: int = setting(512, "images whose views are compared, the first of the sample", ge=2)
-        num_views: int = setting(10, "views of each", source="Thilak et al. 2024, section 4", ge=2)
+        num_views: int = setting(10, "views of each", ge=2)
 
     def evaluate(self, task: EvaluationTask) -> Evaluation:
         """Measure the sample's features and those of its views; one row per measure."""
@@ -81,8 +82,8 @@ class Representation(Evaluator):
         columns = []
         for number in range(self.config.num_views):
             views = shift_and_mirror(images, seeds, f"representation{number}", SHIFT, mirror)
-            parts = [task.encoder.read(task.encoder(part), readout) for part in views.split(BATCH)]
-            columns.append(torch.cat(parts).double().cpu())
+            parts = [task.encoder.read(task.encoder(part), readout).cpu() for part in views.split(BATCH)]
+            columns.append(torch.cat(parts).double())
         return torch.stack(columns, 1)
 
 

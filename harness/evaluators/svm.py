@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import SVC, LinearSVC
 
-from harness.contracts import Config, Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
 
 KERNEL_ROWS_AT_ONCE = 2048
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -28,7 +28,7 @@ class SupportVectorMachine(Evaluator):
 
     name = "svm"
 
-    class Config(Config):
+    class Config(Evaluator.Config):
         """`eval.svm.*`. The first value of each grid is the smoothest."""
 
         c: tuple[float, ...] = setting((1.0, 10.0, 100.0), "RBF: cost of an error, ascending")

@@ -71,7 +71,7 @@ def train_plainly(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append((step + 1, float(loss)))
+        losses.append((step + 1, float(loss.detach())))
     return TrainingOutcome(float(np.mean([v for _, v in losses[-per_epoch:]])), tuple(losses), steps, True)
 
 

@@ -42,7 +42,8 @@ def test_ties_go_to_the_earlier_images_and_the_lower_class() -> None:
 
 
 def test_zero_features_are_no_error() -> None:
-    assert predict(torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([1, 0, 1, 0]), 2, [1], 0.07)[0].tolist() == [1] * 3
+    predicted = predict(torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([1, 0, 1, 0]), 2, [1], 0.07)
+    assert predicted[0].tolist() == [1, 1, 1]
 
 
 def test_k_is_clipped_to_half_the_smallest_class(make_task: Any) -> None:
@@ -61,7 +62,8 @@ def test_rows_and_order_of_events(make_task: Any) -> None:
     first = next(i for i, event in enumerate(task.events) if "test" in event)
     assert all("test" in event for event in task.events[first:])
     assert all(torch.equal(before[name], tensor) for name, tensor in task.encoder.state_dict().items())
-    assert KNearestNeighbours(KNearestNeighbours.Config()).evaluate(make_task("300")).measurements == result.measurements
+    again = KNearestNeighbours(KNearestNeighbours.Config()).evaluate(make_task("300"))
+    assert again.measurements == result.measurements
 
 
 def test_without_test_split_and_with_one_label_per_class(make_task: Any) -> None:
@@ -74,5 +76,7 @@ def test_without_test_split_and_with_one_label_per_class(make_task: Any) -> None
 def test_features_that_are_not_finite_become_a_status(make_task: Any) -> None:
     task = make_task("300")
     task.given["train", "gap"] = torch.full((300, 16), float("inf"))
-    rows = [m for m in KNearestNeighbours(KNearestNeighbours.Config()).evaluate(task).measurements if m.readout == "gap"]
+    rows = [
+        m for m in KNearestNeighbours(KNearestNeighbours.Config()).evaluate(task).measurements if m.readout == "gap"
+    ]
     assert [(m.metric, m.value, m.status) for m in rows] == [("status", None, "NONFINITE")]

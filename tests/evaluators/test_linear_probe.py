@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ def test_rows_and_order_of_events(make_task: Any) -> None:
     assert keys == wanted
     assert all(m.value is not None and np.isfinite(m.value) and m.converged for m in result.measurements)
     top1 = {(m.readout, m.split): m.value for m in result.measurements if m.metric == "top1"}
-    assert top1["spatial", "test"] > 0.8 > 0.3 < top1["gap", "test"]
+    assert top1["spatial", "test"] > 0.8 and top1["gap", "test"] > 0.3
     assert result.measurements[0].n_test == 60
     first = next(i for i, event in enumerate(task.events) if "test" in event)
     assert all("test" in event for event in task.events[first:])
@@ -171,5 +170,4 @@ def test_features_that_are_not_finite_become_a_status(make_task: Any) -> None:
     broken[0, 0] = float("nan")
     task.given["train", "gap"] = broken
     rows = [m for m in LinearProbe(LinearProbe.Config()).evaluate(task).measurements if m.readout == "gap"]
-    assert [replace(m, n_test=None) for m in rows] == rows
     assert [(m.metric, m.value, m.status) for m in rows] == [("status", None, "NONFINITE")]

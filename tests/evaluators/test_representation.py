@@ -51,7 +51,9 @@ def test_alignment_and_uniformity_against_loops() -> None:
     pairs = [((a - b) ** 2).sum() for i, a in enumerate(unit[:, 0]) for b in unit[:i, 0]]
     left, right = torch.from_numpy(views[:, 0]), torch.from_numpy(views[:, 1])
     assert representation.uniformity(left) == pytest.approx(math.log(np.exp(-2 * np.array(pairs)).mean()), rel=1e-9)
-    assert representation.alignment(left, right) == pytest.approx(((unit[:, 0] - unit[:, 1]) ** 2).sum(1).mean(), rel=1e-9)
+    assert representation.alignment(left, right) == pytest.approx(
+        ((unit[:, 0] - unit[:, 1]) ** 2).sum(1).mean(), rel=1e-9
+    )
 
 
 def test_isotropic_features_have_the_largest_std() -> None:

@@ -36,7 +36,8 @@ def test_rows_and_order_of_events(make_task: Any) -> None:
     assert all(m.value > 0.4 for m in result.measurements)
     first = next(i for i, event in enumerate(task.events) if "test" in event)
     assert all("test" in event for event in task.events[first:])
-    assert SupportVectorMachine(SupportVectorMachine.Config()).evaluate(make_task("300")).measurements == result.measurements
+    again = SupportVectorMachine(SupportVectorMachine.Config()).evaluate(make_task("300"))
+    assert again.measurements == result.measurements
 
 
 def test_beyond_the_limit_the_row_says_linear(make_task: Any) -> None:
@@ -52,7 +53,8 @@ def test_few_labels(make_task: Any, spec: str, splits: set[str]) -> None:
 
 def test_without_a_test_split(make_task: Any) -> None:
     closed = make_task("300", has_test=False, poison_test=True)
-    assert {m.split for m in SupportVectorMachine(SupportVectorMachine.Config()).evaluate(closed).measurements} == {"validation"}
+    result = SupportVectorMachine(SupportVectorMachine.Config()).evaluate(closed)
+    assert {m.split for m in result.measurements} == {"validation"}
 
 
 def test_features_that_are_not_finite_become_a_status(make_task: Any) -> None:
