@@ -15,8 +15,8 @@ from harness.augment import hash_seeds, stream_key
 from harness.budgets import make_budgets
 from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, dotted, resolve
 from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
-from harness.images import digest_split
 from harness.evaluation import Material, describe_budget, sample_indices
+from harness.images import digest_split
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """auto -> bf16 autocast on devices that compute in it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp32."""
+    """auto -> bf16 autocast on devices that compute in it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX)."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -149,7 +149,9 @@ def _pretrain_images(dataset: Any, info: DatasetInfo, config: DataConfig, seed: 
     wanted = config.num_pretrain_images
     if wanted is not None:
         if wanted > len(images):
-            raise HarnessError(f"data.num_pretrain_images: {wanted:,} asked for, {expression} of {info.name} has {len(images):,}")
+            raise HarnessError(
+                f"data.num_pretrain_images: {wanted:,} asked for, {expression} of {info.name} has {len(images):,}"
+            )
         images = images[sample_indices(len(images), wanted, seed, "pretrain subset")]
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -201,7 +203,9 @@ def make_plan(request: Request) -> Plan:
     else:
         for name in evaluators:
             if registry.load_evaluator(name).needs_labels:
-                raise HarnessError(f"data set '{info.name}' has no labels, so --eval {name} cannot run; use --eval representation")
+                raise HarnessError(
+                    f"data set '{info.name}' has no labels, so --eval {name} cannot run; use --eval representation"
+                )
     arms = list(_arms(request, method, info, device, evaluators, budgets, material, plugin.default_encoder))
     return Plan(request, device, material, budgets, arms, probe.seed)
 
@@ -218,10 +222,16 @@ def _resolve(request: Request, method: str, default_encoder: str, evaluators: Se
 
 
 def _arms(
-    request: Request, method: type[Method], info: DatasetInfo, device: torch.device, evaluators: tuple[str, ...],
-    budgets: tuple[LabelBudget, ...], material: Material, default_encoder: str,
+    request: Request,
+    method: type[Method],
+    info: DatasetInfo,
+    device: torch.device,
+    evaluators: tuple[str, ...],
+    budgets: tuple[LabelBudget, ...],
+    material: Material,
+    default_encoder: str,
 ) -> Iterator[Arm]:
-    wanted = [(request.method, "method" if method.role in (None, "outside") else method.role)]
+    wanted: list[tuple[str, str]] = [(request.method, "method" if method.role in (None, "outside") else method.role)]
     if request.control:
         if method.null_control:
             wanted.append((method.null_control, "null control"))
@@ -241,8 +251,8 @@ def _arms(
         config = _resolve(request, name, default_encoder, tuple(dict.fromkeys((*evaluators, *mine))))
         checked = build_method(name, config, info)  # refuses here what does not fit
         mine = tuple(e for e in mine if _can_run(registry.load_evaluator(e), checked.encoder))
-        for group in ([budgets] if not plugin.supervised else [(b,) for b in budgets]):
-            yield _arm(name, role, config, checked.encoder.name, info, device, request, material, mine, group)
+        for group in [budgets] if not plugin.supervised else [(b,) for b in budgets]:
+            yield _arm(name, role, config, checked.encoder, info, device, request, material, mine, group)
 
 
 def _can_run(evaluator: type[Evaluator], encoder: Encoder) -> bool:
@@ -250,8 +260,16 @@ def _can_run(evaluator: type[Evaluator], encoder: Encoder) -> bool:
 
 
 def _arm(
-    name: str, role: str, config: RunConfig, encoder: str, info: DatasetInfo, device: torch.device, request: Request,
-    material: Material, evaluators: tuple[str, ...], budgets: tuple[LabelBudget, ...],
+    name: str,
+    role: str,
+    config: RunConfig,
+    encoder: Encoder,
+    info: DatasetInfo,
+    device: torch.device,
+    request: Request,
+    material: Material,
+    evaluators: tuple[str, ...],
+    budgets: tuple[LabelBudget, ...],
 ) -> Arm:
     plugin = registry.load_method(name)
     labelled = None
@@ -262,24 +280,51 @@ def _arm(
         labelled = torch.as_tensor(budget.indices[list(rows)])
     count = len(material.pretrain_images)
     if plugin.trains and config.batch_size > count:
-        raise HarnessError(f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N")
+        raise HarnessError(
+            f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N"
+        )
     steps = config.epochs * (count // config.batch_size) if plugin.trains else 0
     batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
     config = config.model_copy(update={
         "precision": resolve_precision(config.precision, device),
-        "num_threads": config.num_threads or _DEFAULT_THREADS,
+        "num_threads": config.num_threads or _threads(encoder, info, device),
         "data": config.data.model_copy(update={"pretrain_split": config.data.pretrain_split or info.pretrain_split}),
     })  # fmt: skip
     identity = _identity(plugin, name, config, info, device, request, material, labelled)
-    return Arm(name, role, config, identity, fingerprint.short_id(identity), evaluators, budgets, labelled, encoder, steps, batch)
+    return Arm(
+        name,
+        role,
+        config,
+        identity,
+        fingerprint.short_id(identity),
+        evaluators,
+        budgets,
+        labelled,
+        encoder.name,
+        steps,
+        batch,
+    )
 
 
+def _threads(encoder: Encoder, info: DatasetInfo, device: torch.device) -> int:
+    """CPU threads of an arm when none are asked for (docs/decisions/007)."""
+    small = device.type == "cpu" and encoders.multiply_adds(encoder, info) < ONE_THREAD_BELOW
+    return 1 if small else _DEFAULT_THREADS
+
+
+ONE_THREAD_BELOW = 10_000_000  # multiply-adds per image
 _DEFAULT_THREADS = torch.get_num_threads()  # read once, before a run changes it
 
 
 def _identity(
-    plugin: type[Method], name: str, config: RunConfig, info: DatasetInfo, device: torch.device, request: Request,
-    material: Material, labelled: torch.Tensor | None,
+    plugin: type[Method],
+    name: str,
+    config: RunConfig,
+    info: DatasetInfo,
+    device: torch.device,
+    request: Request,
+    material: Material,
+    labelled: torch.Tensor | None,
 ) -> dict[str, Any]:
     """Every setting that can change the weights. What trains nothing does not depend on how it would be trained."""
     settings = dotted(config)

@@ -1,8 +1,8 @@
 """Random views of image batches: on the device, per sample, pure functions of (images, seeds).
 
-Every random number a method uses is `uniform(seeds, stream, shape)`, an integer hash of the sample's own seed, the name
-of the choice and a counter. So a sample's views depend on (seed, epoch, index, choice) alone: not on batch size, worker,
-rank or memory layout, and resuming needs no generator state.
+Every random number a method uses is `uniform(seeds, stream, shape)`, an integer hash of the sample's own seed, the
+name of the choice and a counter. So a sample's views depend on (seed, epoch, index, choice) alone: not on batch size,
+worker, rank or memory layout, and resuming needs no generator state.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
         raise HarnessError(
-            f"checkpoint {folder / value['file']} holds what was never written here ({type(error).__name__}); delete {folder}"
+            f"checkpoint {folder / value['file']} holds what was never written here "
+            f"({type(error).__name__}); delete {folder}"
         ) from None
 
 
@@ -93,7 +94,9 @@ def load_encoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
     content, facts = _checked_bytes(pointer)
     tensors = load_safetensors(content)
     if tensors_sha256(tensors) != facts["weights_sha256"]:
-        raise HarnessError(f"encoder {folder / facts['file']} does not match its weights_sha256; delete {folder} and rerun")
+        raise HarnessError(
+            f"encoder {folder / facts['file']} does not match its weights_sha256; delete {folder} and rerun"
+        )
     return tensors, facts
 
 

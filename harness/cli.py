@@ -27,7 +27,9 @@ app = typer.Typer(
     help="Pretrain a network without labels, measure it beside honest controls, and keep every number.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, help="Fetch, verify or describe a data set's files.", rich_markup_mode=None)
+data_app = typer.Typer(
+    no_args_is_help=True, help="Fetch, verify or describe a data set's files.", rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
 
@@ -40,14 +42,30 @@ def _complete(kind: registry.Kind) -> Any:
 
 
 Workspace = Annotated[Path, typer.Option("--workspace", help="Folder that holds results/, .harness/ and mlflow.db.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the data sets (else HARNESS_DATA, else ./data).")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Folder of the data sets (else HARNESS_DATA, else ./data).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="Folder with methods/, datasets/ or evaluators/ of yours.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key (harness describe METHOD).")]
-Eval = Annotated[str | None, typer.Option("--eval", help="Evaluators, comma-separated (default linear_probe,knn,fine_tune,representation).")]
-Labels = Annotated[str, typer.Option("--labels", help="Label budget: all, a count, a fraction like 0.1, Npc per class, or folds.")]
-LabelSeed = Annotated[int | None, typer.Option("--label-seed", min=0, help="Which labelled images (default: the seed).")]
-Tracking = Annotated[str | None, typer.Option("--tracking", help="MLflow address, or none (default: the workspace's own store).")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugins", help="Folder with methods/, datasets/ or evaluators/ of yours.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key (harness describe METHOD)."),
+]
+Eval = Annotated[
+    str | None,
+    typer.Option("--eval", help="Evaluators, comma-separated (default linear_probe,knn,fine_tune,representation)."),
+]
+Labels = Annotated[
+    str, typer.Option("--labels", help="Label budget: all, a count, a fraction like 0.1, Npc per class, or folds.")
+]
+LabelSeed = Annotated[
+    int | None, typer.Option("--label-seed", min=0, help="Which labelled images (default: the seed).")
+]
+Tracking = Annotated[
+    str | None, typer.Option("--tracking", help="MLflow address, or none (default: the workspace's own store).")
+]
 RunWord = Annotated[str, typer.Argument(metavar="RUN", help="`latest` or the first letters of a pretrain_id.")]
 
 
@@ -59,34 +77,51 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command()
 def run(
-    method: Annotated[str | None, typer.Option("--method", help="Registered method.", autocompletion=_complete("method"))] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=_complete("dataset"))] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Registered method.", autocompletion=_complete("method"))
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=_complete("dataset")),
+    ] = None,
     encoder: Annotated[str | None, typer.Option("--encoder", help="Network (default: the data set's).")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the pretraining images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Fixes initialisation, order, views and label subset.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Fixes initialisation, order, views and label subset.")
+    ] = None,
     labels: Labels = "all",
     label_seed: LabelSeed = None,
     evaluators: Eval = None,
-    recipe: Annotated[list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
+    ] = None,
     overrides: Set = None,
     data_dir: DataDir = None,
     image_size: Annotated[int | None, typer.Option("--image-size", help="Side in pixels, for folder: data.")] = None,
     workspace: Workspace = Path("."),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")
+    ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never fetch anything.")] = False,
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
     tracking: Tracking = None,
-    checkpoint_seconds: Annotated[float, typer.Option("--checkpoint-seconds", min=0, help="Save the training state this often.")] = 10.0,
+    checkpoint_seconds: Annotated[
+        float, typer.Option("--checkpoint-seconds", min=0, help="Save the training state this often.")
+    ] = 10.0,
     plugins: Plugins = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Pretrain METHOD on DATASET, evaluate it beside the controls, and record every number."""
@@ -108,8 +143,12 @@ def run(
 
 @app.command()
 def evaluate(
-    word: Annotated[str | None, typer.Argument(metavar="[RUN]", help="`latest` or the first letters of a pretrain_id.")] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="State dict of an outside encoder (.safetensors or .pt).")] = None,
+    word: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="`latest` or the first letters of a pretrain_id.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="State dict of an outside encoder (.safetensors or .pt).")
+    ] = None,
     encoder: Annotated[str | None, typer.Option("--encoder", help="What the outside weights are for.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="What to evaluate outside weights on.")] = None,
     labels: Labels = "all",
@@ -121,7 +160,9 @@ def evaluate(
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
     tracking: Tracking = None,
     plugins: Plugins = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished pretraining, or an outside encoder, by the same protocol."""
@@ -187,7 +228,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
     arms = [
         {"method": arm.method, "role": arm.role, "pretrain_id": arm.pretrain_id, "encoder": arm.encoder, "steps": arm.steps,
          "batch_size": arm.batch_size, "config": dotted(arm.config),
-         "evaluations": [{"evaluator": c.evaluator, "labels": c.budget.spec if c.budget else None, "eval_id": c.eval_id} for c in cells(arm, plan)]}
+         "evaluations": [{"evaluator": c.evaluator, "labels": c.budget.spec if c.budget else None, "eval_id": c.eval_id}
+                         for c in cells(arm, plan)]}
         for arm in plan.arms
     ]  # fmt: skip
     if as_json:
@@ -210,9 +252,13 @@ def _print_outcome(outcome: Outcome) -> None:
         print_summary(summary, plan.arms[0].config.dataset_name, request.method, plan.seed)
     out = console()
     if any(row.collapsed for row in outcome.rows):
-        out.print("collapsed: " + ", ".join(dict.fromkeys(row.method for row in outcome.rows if row.collapsed)), markup=False)
+        out.print(
+            "collapsed: " + ", ".join(dict.fromkeys(row.method for row in outcome.rows if row.collapsed)), markup=False
+        )
     if plan.material.test_overlap:
-        out.print(f"{plan.material.test_overlap} test images are also in the pretraining data (test_overlap)", markup=False)
+        out.print(
+            f"{plan.material.test_overlap} test images are also in the pretraining data (test_overlap)", markup=False
+        )
     if not any(row.split == "test" for row in outcome.rows):
         out.print("no test split was opened: validation rows only", markup=False)
     out.print(f"{len(outcome.rows)} rows of {len(plan.arms)} arms in {request.workspace}/results/runs; "
@@ -281,7 +327,9 @@ def show(run: RunWord = "latest", workspace: Workspace = Path("."), as_json: Jso
 
 
 @data_app.command("fetch")
-def data_fetch(dataset: str, data_dir: DataDir = None, offline: Annotated[bool, typer.Option("--offline")] = False) -> None:
+def data_fetch(
+    dataset: str, data_dir: DataDir = None, offline: Annotated[bool, typer.Option("--offline")] = False
+) -> None:
     """Download what is missing of DATASET, verified."""
     from harness.arms import open_dataset
 
@@ -305,7 +353,12 @@ def data_verify(dataset: str, data_dir: DataDir = None, as_json: Json = False) -
 
 
 @data_app.command("info")
-def data_info(dataset: str, data_dir: DataDir = None, image_size: Annotated[int | None, typer.Option("--image-size")] = None, as_json: Json = False) -> None:
+def data_info(
+    dataset: str,
+    data_dir: DataDir = None,
+    image_size: Annotated[int | None, typer.Option("--image-size")] = None,
+    as_json: Json = False,
+) -> None:
     """Describe DATASET as its files are: counts, sizes, statistics, licence."""
     from dataclasses import asdict
 
@@ -352,7 +405,9 @@ def embed(
 @app.command()
 def ui(
     workspace: Workspace = Path("."),
-    host: Annotated[str, typer.Option("--host", help="Loopback unless you mean otherwise: MLflow has no login.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Loopback unless you mean otherwise: MLflow has no login.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's pages on this workspace's store."""
@@ -364,11 +419,11 @@ def ui(
 @app.command()
 def sync(workspace: Workspace = Path("."), tracking: Tracking = None) -> None:
     """Deliver to MLflow what earlier commands could not; rebuild its store from the journals if it is gone."""
-    from harness import tracking as mirror
+    from harness import delivery
 
-    report = mirror.sync(workspace.resolve(), tracking)
+    report = delivery.sync(workspace.resolve(), tracking)
     typer.echo(f"tracking: {report.delivered:,} records delivered")
-    for refused in report.refused:
+    for refused in report.owed.refused:
         typer.echo(f"harness: MLflow refused {refused}", err=True)
     if report.owed:
         typer.echo(f"harness: {report.owed.line}", err=True)
@@ -393,7 +448,9 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"findings": [asdict(f) for f in findings]}))
     else:
-        print_table(["level", "what", "advice"], [[f.level, f.what, "repaired" if f.repaired else f.advice] for f in findings])
+        print_table(
+            ["level", "what", "advice"], [[f.level, f.what, "repaired" if f.repaired else f.advice] for f in findings]
+        )
     if any(f.level == "problem" and not f.repaired for f in findings):
         raise typer.Exit(1)
 

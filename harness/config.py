@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, SerializeAsAny, TypeAdapter, ValidationError
 
 from harness import registry
 from harness.contracts import Choice, Config, HarnessError, Range, setting
@@ -40,7 +40,9 @@ class RunConfig(Config):
     dataset_name: str
     epochs: int = setting(50, "passes over the pretraining images", ge=1)
     batch_size: int = setting(128, "images per step", ge=2, search=Choice((64, 128, 256)))
-    seed: int = setting(0, "fixes initialisation, order, views and, unless --label-seed says otherwise, the labels", ge=0)
+    seed: int = setting(
+        0, "fixes initialisation, order, views and, unless --label-seed says otherwise, the labels", ge=0
+    )
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 autocast where it is the faster one")
     num_threads: int | None = setting(None, "CPU threads of a step; none: as many as torch finds", ge=1)
     data: DataConfig = DataConfig()
@@ -48,7 +50,7 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     encoder: EncoderConfig
     method: SerializeAsAny[Config] = Config()
-    eval: dict[str, SerializeAsAny[Config]] = {}
+    eval: dict[str, SerializeAsAny[Config]] = Field(default_factory=dict)
 
 
 @dataclass
@@ -96,7 +98,9 @@ def load_recipe(name: str) -> Recipe:
     elif name in recipe_names():
         text = files("harness.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise HarnessError(f"unknown recipe '{name}'; {registry.near(name, recipe_names())} (or a path ending in .toml)")
+        raise HarnessError(
+            f"unknown recipe '{name}'; {registry.near(name, recipe_names())} (or a path ending in .toml)"
+        )
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -140,7 +144,12 @@ def _methods_of(layers: Layers, name: str) -> dict[str, Any]:
 
 
 def resolve(
-    method: str, dataset: str, layers: Layers, *, default_encoder: str, method_settings_of: str | None = None,
+    method: str,
+    dataset: str,
+    layers: Layers,
+    *,
+    default_encoder: str,
+    method_settings_of: str | None = None,
     evaluators: Iterable[str] = (),
 ) -> RunConfig:
     """The complete configuration of one arm. Raises HarnessError naming the key, the value and what is allowed.
@@ -170,21 +179,33 @@ def build(method: str, dataset: str, merged: Mapping[str, Any], evaluators: Iter
     """Validate dotted settings against the fields' types."""
     plugin = registry.load_method(method)
     evaluator_configs = {name: registry.load_evaluator(name).Config for name in evaluators}
-    models = {"data": DataConfig, "optim": OptimConfig, "schedule": ScheduleConfig, "encoder": EncoderConfig,
-              "method": plugin.Config, **{f"eval.{name}": c for name, c in _all_evaluator_configs().items()}}  # fmt: skip
+    models: dict[str, type[Config]] = {
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "schedule": ScheduleConfig,
+        "encoder": EncoderConfig,
+        "method": plugin.Config,
+        **{f"eval.{name}": model for name, model in _all_evaluator_configs().items()},
+    }
     tables: dict[str, dict[str, Any]] = {prefix: {} for prefix in models}
     top: dict[str, Any] = {}
-    top_fields = [k for k, f in RunConfig.model_fields.items() if not _is_table(f.annotation) and not k.endswith("_name")]
-    known = top_fields + [f"{prefix}.{name}" for prefix, model in models.items() for name in model.model_fields]
+    top_fields = [
+        k for k, f in RunConfig.model_fields.items() if not _is_table(f.annotation) and not k.endswith("_name")
+    ]
+    known = top_fields + [f"{prefix}.{path}" for prefix, model in models.items() for path in _paths(model)]
     for key, value in merged.items():
-        prefix, _, name = key.rpartition(".")
-        if not prefix and key in top_fields:
-            top[key] = value
-        elif prefix in models and name in models[prefix].model_fields:
-            tables[prefix][name] = value
-        else:
-            where = f" of method '{method}'" if prefix == "method" else ""
+        if key not in known:
+            where = f" of method '{method}'" if key.startswith("method.") else ""
             raise HarnessError(f"unknown setting '{key}'{where}; {registry.near(key, known)}")
+        prefix = next((p for p in models if key.startswith(f"{p}.")), None)
+        if prefix is None:
+            top[key] = value
+            continue
+        *folders, name = key.removeprefix(f"{prefix}.").split(".")
+        table = tables[prefix]
+        for folder in folders:
+            table = table.setdefault(folder, {})
+        table[name] = value
     parts = {prefix: _validated(models[prefix], table, prefix) for prefix, table in tables.items()}
     evaluations = {name: parts[f"eval.{name}"] for name in evaluator_configs}
     return _validated(
@@ -195,9 +216,21 @@ def build(method: str, dataset: str, merged: Mapping[str, Any], evaluators: Iter
     )
 
 
+def _paths(model: type[BaseModel]) -> list[str]:
+    """Dotted paths of every setting of a model, nested ones included."""
+    out = []
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        out += [f"{name}.{path}" for path in _paths(inner)] if nested else [name]  # type: ignore[arg-type]
+    return out
+
+
 def _is_table(annotation: Any) -> bool:
-    return annotation is dict or getattr(annotation, "__origin__", None) is dict or (
-        isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (
+        annotation is dict
+        or getattr(annotation, "__origin__", None) is dict
+        or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
     )
 
 
@@ -234,6 +267,9 @@ def describe(model: type[BaseModel], prefix: str) -> list[dict[str, Any]]:
     """One record per setting: key, default, meaning, source, search range, type."""
     out = []
     for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            out += describe(info.annotation, f"{prefix}{name}.")
+            continue
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         search = extra.get("search")
         spread = ""
@@ -241,7 +277,8 @@ def describe(model: type[BaseModel], prefix: str) -> list[dict[str, Any]]:
             spread = f"{search.low:g} .. {search.high:g}{' (log)' if search.log else ''}"
         elif isinstance(search, Choice):
             spread = " | ".join(str(v) for v in search.values)
-        schema = TypeAdapter(info.annotation).json_schema()
+        annotation: Any = info.annotation
+        schema = TypeAdapter(annotation).json_schema()
         kinds = schema.get("enum") or [s.get("type", "?") for s in schema.get("anyOf", [schema])]
         out.append({"key": f"{prefix}{name}", "default": info.get_default(call_default_factory=True),
                     "type": " | ".join(str(k) for k in kinds), "meaning": info.description or "",

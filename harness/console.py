@@ -51,7 +51,9 @@ class TerminalReporter:
 
     def arm_started(self, arm: Arm, number: int, total: int) -> None:
         self._clear()
-        self.console.print(f"[{number}/{total}] {arm.method} ({arm.role}) seed {arm.config.seed}, id {arm.pretrain_id}", markup=False)
+        self.console.print(
+            f"[{number}/{total}] {arm.method} ({arm.role}) seed {arm.config.seed}, id {arm.pretrain_id}", markup=False
+        )
 
     def evaluating(self, arm: Arm, cell: Cell) -> None:
         self._clear()
@@ -75,7 +77,9 @@ class TerminalReporter:
         self.console.print(f"      note: {text}", markup=False)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", numeric: Iterable[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", numeric: Iterable[str] = ()
+) -> None:
     """A table on stdout; every cell is shown as text, never read as markup."""
     table = Table(title=escape(title) or None, title_justify="left", header_style="bold")
     right = set(numeric)
@@ -100,7 +104,10 @@ def print_summary(summary: Summary, dataset: str, method: str, seed: int) -> Non
     title = f"{dataset}, seed {seed}, labels {summary.labels}: top-1 on the {split} split"
     print_table(columns, rows, title, numeric=columns[1:])
     out = console()
-    out.print("headline: the readout chosen on validation. Δ: paired difference to random_init, same seed and labels.", markup=False)
+    out.print(
+        "headline: the readout chosen on validation. Δ: paired difference to random_init, same seed and labels.",
+        markup=False,
+    )
     if verdict := summary.verdict(method):
         out.print(verdict, markup=False)
     if any(line.fine_tune_converged is False for line in summary.lines):

@@ -51,14 +51,13 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def setting(
-    default: Any, meaning: str, *, source: str = "", search: Search | None = None, **limits: Any
-) -> Any:
+def setting(default: Any, meaning: str, *, source: str = "", search: Search | None = None, **limits: Any) -> Any:
     """Declare one hyperparameter once: default, meaning, source (authors, year, section) and search range.
 
     `limits` are pydantic's (`ge`, `gt`, `le`, `lt`). A field without `search` is never varied by `tune`.
     """
-    return Field(default, description=meaning, json_schema_extra={"source": source, "search": search}, **limits)  # type: ignore[arg-type]
+    extra: Any = {"source": source, "search": search}
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -348,6 +347,8 @@ class Method(nn.Module, ABC):
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
+Status = Literal["FINISHED", "INTERRUPTED", "OUT_OF_MEMORY", "NONFINITE", "FAILED"]
+
 
 @dataclass(frozen=True)
 class LabelBudget:
@@ -378,7 +379,7 @@ class Measurement:
     value: float | None
     n_test: int | None = None
     converged: bool | None = None
-    status: str | None = None
+    status: Status | None = None
     collapsed: bool | None = None
 
 
@@ -398,8 +399,17 @@ class Trainer(Protocol):
     """The one training loop, lent to evaluators that optimise a network; resumable under `key`."""
 
     def __call__(
-        self, key: str, module: nn.Module, images: Tensor, labels: Tensor, *, steps: int, batch_size: int, seed: int,
-        optim: Config, schedule: Config, monitor: Callable[[nn.Module], float] | None = None,
+        self,
+        key: str,
+        module: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        optim: Config,
+        schedule: Config,
     ) -> TrainingOutcome:
         """Optimise `module.loss(batch, step)["loss"]` in place for `steps` steps."""
 
@@ -417,16 +427,19 @@ class TrainingOutcome:
 class EvaluationTask(Protocol):
     """What an evaluator works on. The encoder is a private copy; the test split is opened on first `test` access only.
 
-    Attributes: encoder (on `device`, eval mode), info, budget (None when the data set has no labels or the evaluator
-    needs none), seed, device, labels_required by `require_budget`, train (the Trainer), pretrain_images (uint8).
+    encoder: on `device`, in eval mode; trainer: the one training loop; has_test: whether `test` can be asked for
     """
 
     encoder: Encoder
     info: DatasetInfo
     seed: int
     device: torch.device
-    trainer: Trainer
-    has_test: bool
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    @property
+    def has_test(self) -> bool: ...
 
     @property
     def budget(self) -> LabelBudget:
@@ -465,8 +478,6 @@ class Evaluator(ABC):
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
-
-Status = Literal["FINISHED", "INTERRUPTED", "OUT_OF_MEMORY", "NONFINITE", "FAILED"]
 
 
 class Row(BaseModel):

@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 import torch
 
-from harness import __version__, arms, checkpoint, durable, journal, records, registry, tracking
+from harness import __version__, arms, checkpoint, delivery, durable, journal, records, registry, tracking
 from harness.config import Layers, dotted, resolve
 from harness.published import PublishedDataset
 
@@ -306,7 +306,7 @@ def _dead_runs(place: _Place) -> Iterator[Finding]:
     ended: list[str] = []
     if place.repair:
         with contextlib.suppress(Exception):  # a store that cannot be used is a finding of its own
-            ended = tracking.reap_dead(place.workspace)
+            ended = delivery.reap_dead(place.workspace)
     for pretrain_id in dead:
         what = f"run {pretrain_id} was killed and still counts as running"
         yield Finding("problem", what, "harness doctor --repair", repaired=pretrain_id in ended)
@@ -326,9 +326,9 @@ def _running(workspace: Path) -> set[str]:
 
 
 def _undelivered(place: _Place) -> Iterator[Finding]:
-    delivery = tracking._Delivery(tracking._Store(place.workspace, tracking.default_uri(place.workspace)))
+    mirror = delivery.Delivery(tracking.Store(place.workspace, tracking.default_uri(place.workspace)))
     paths = journal.journals_folder(place.workspace).glob("*.jsonl")
-    counts = [delivery.owed(path) for path in paths if not place.alive(path.stem)]
+    counts = [mirror.owed(path) for path in paths if not place.alive(path.stem)]
     if sum(counts):
         what = f"mlflow.db has not got {sum(counts):,} records of {sum(map(bool, counts)):,} runs"
         yield Finding("warn", what, "harness sync (unless another --tracking is meant to have them)")

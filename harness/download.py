@@ -309,7 +309,10 @@ def _announced_total(response: http.client.HTTPResponse, start: int, file: Publi
 
 
 def _copy(
-    response: http.client.HTTPResponse, out: IO[bytes], total: int | None, transfer: Transfer,
+    response: http.client.HTTPResponse,
+    out: IO[bytes],
+    total: int | None,
+    transfer: Transfer,
     report: Callable[[int], object],
 ) -> None:
     """Write the response's body to `out`. Raises _Retry when it ends early, is too long, or stalls."""

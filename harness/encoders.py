@@ -159,9 +159,7 @@ class ResNetEncoder(ConvEncoder):
         if stage == "stem":
             return windowed([self.get_submodule("conv1"), self.get_submodule("maxpool")])
         blocks = self.get_submodule(stage).children()
-        return windowed(
-            child for block in blocks for name, child in block.named_children() if name.startswith("conv")
-        )
+        return windowed(child for block in blocks for name, child in block.named_children() if name.startswith("conv"))
 
 
 _STEM = ("conv1", "bn1", "relu", "maxpool")
@@ -178,6 +176,43 @@ def with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
 # ------------------------------------------------------------------------------------------------------------- by name
 
 OWN_NAMES = (*NETS, "resnet18_small", "resnet18", "resnet50")
+
+
+def multiply_adds(encoder: Encoder, info: DatasetInfo) -> int:
+    """Multiply-adds of convolutions and linear layers in one forward pass of one image."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        counts.append(weight.numel() * output[0].numel() // output.shape[1])
+
+    layers = [module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    was_training = encoder.training
+    with torch.no_grad():
+        encoder.eval()(torch.zeros(1, info.channels, *info.image_size))
+    encoder.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return sum(counts)
+
+
+_ABOUT = {
+    "convnet_small": "small net of the quick check, for 28 to 32 px",
+    "paper_cifar10": "Hoffer et al. 2016, CIFAR-10: RECONSTRUCTION after an independent replication",
+    "paper_mnist": "Hoffer et al. 2016, MNIST: RECONSTRUCTION, details chosen here",
+    "paper_stl10": "Hoffer et al. 2016, STL-10 (Network-in-Network style): RECONSTRUCTION, details chosen here",
+    "resnet18_small": "ResNet-18 with a 3x3 stem and no first pooling, for small images",
+    "resnet18": "torchvision's ResNet-18",
+    "resnet50": "torchvision's ResNet-50",
+    "torchvision:NAME": "any classification net of torchvision that ends in a map",
+    "timm:NAME": "any net of timm that ends in a map (needs the extra `timm`)",
+}
+
+
+def about(name: str) -> str:
+    """One line on an encoder of `names` or on a prefix."""
+    return _ABOUT[name]
 
 
 def names() -> tuple[str, ...]:

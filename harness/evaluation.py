@@ -93,7 +93,7 @@ class Task:
     cache: FeatureCache
     bf16: bool
     state_folder: Path
-    on_steps: Callable[[str, int, int, dict[str, float], int], None]
+    on_steps: Callable[[str, int, int, dict[str, float], int, int], None]
     checkpoint_seconds: float
 
     @property
@@ -129,8 +129,17 @@ class Task:
         return labels[self._indices(split)].numpy()
 
     def trainer(
-        self, key: str, module: nn.Module, images: Tensor, labels: Tensor, *, steps: int, batch_size: int, seed: int,
-        optim: Config, schedule: Config,
+        self,
+        key: str,
+        module: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        optim: Config,
+        schedule: Config,
     ) -> TrainingOutcome:
         """The one training loop on `images` and `labels`; its states lie under this evaluation's own folder."""
         module.to(self.device)
@@ -138,7 +147,7 @@ class Task:
         data = Batches(images, labels, batch_size=min(batch_size, len(images)), seed=seed, device=self.device)
 
         def log(step: int, means: dict[str, float], executed: int) -> None:
-            self.on_steps(key, step, steps, means, executed)
+            self.on_steps(key, step, steps, means, executed, data.batch_size)
 
         done = pretrain.train(module, data, plan, self.state_folder / key.replace("/", "_"), log)
         losses = tuple((int(point["step"]), point["loss"]) for point in done.curve)

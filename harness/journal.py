@@ -22,13 +22,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.contracts import HarnessError
+if TYPE_CHECKING:
+    from harness.contracts import HarnessError
 
 Record = dict[str, Any]
 _CRC = ',"crc":"'
 _CRC_LENGTH = len(_CRC) + 8 + 2
+
+
+def mistake(text: str) -> HarnessError:
+    """A HarnessError to raise. Its module brings torch (3 CPU s, 150 MB), which the mirror process does without."""
+    from harness.contracts import HarnessError
+
+    return HarnessError(text)
 
 
 def journals_folder(workspace: Path) -> Path:
@@ -39,7 +47,7 @@ def journals_folder(workspace: Path) -> Path:
 def journal_path(workspace: Path, pretrain_id: str) -> Path:
     """The journal of one run; refuses an identity that is not a plain file name."""
     if not pretrain_id or pretrain_id != os.path.basename(pretrain_id) or pretrain_id.startswith("."):
-        raise HarnessError(f"'{pretrain_id}' is no run identity: it must be a plain name")
+        raise mistake(f"'{pretrain_id}' is no run identity: it must be a plain name")
     return journals_folder(workspace) / f"{pretrain_id}.jsonl"
 
 
@@ -285,7 +293,7 @@ class Journal:
         if written < len(line):
             os.close(self._descriptor)  # the next append opens the file again and closes a torn line off
             self._descriptor = None
-            raise HarnessError(f"cannot write the journal {self.path}: {reason}")
+            raise mistake(f"cannot write the journal {self.path}: {reason}")
         self._remember(record)
 
     def _after_torn_line(self, line: bytes) -> bytes:

@@ -6,8 +6,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from harness import encoders, journal, records as rows, registry, runs
-from harness.config import DataConfig, RunConfig, describe as describe_fields, load_recipe, recipe_names
+from harness import encoders, journal, registry, runs
+from harness import records as rows
+from harness.config import DataConfig, RunConfig, load_recipe, recipe_names
+from harness.config import describe as describe_fields
 from harness.contracts import HarnessError
 from harness.encoders import EncoderConfig
 from harness.optim import OptimConfig, ScheduleConfig
@@ -26,7 +28,8 @@ def records(what: str, workspace: Path) -> list[dict[str, Any]]:
 def _methods() -> list[dict[str, Any]]:
     plugins = [(name, registry.load_method(name)) for name in registry.names("method")]
     return [
-        {"name": name, "title": registry.title(p), "family": p.family, "year": p.year, "role": p.role or "method", "source": p.source}
+        {"name": name, "title": registry.title(p), "family": p.family, "year": p.year, "role": p.role or "method",
+         "source": p.source}
         for name, p in sorted(plugins, key=lambda pair: (pair[1].role or "", pair[1].family, pair[1].year, pair[0]))
     ]  # fmt: skip
 
@@ -41,7 +44,9 @@ def _datasets() -> list[dict[str, Any]]:
 
 
 def _encoders() -> list[dict[str, Any]]:
-    return [{"name": name, "about": encoders.about(name)} for name in (*encoders.names(), "torchvision:NAME", "timm:NAME")]
+    return [
+        {"name": name, "about": encoders.about(name)} for name in (*encoders.names(), "torchvision:NAME", "timm:NAME")
+    ]
 
 
 def _evaluators() -> list[dict[str, Any]]:
@@ -70,7 +75,11 @@ def _runs(workspace: Path) -> list[dict[str, Any]]:
 def describe(method: str) -> dict[str, Any]:
     """Every setting that a run of `method` takes."""
     plugin = registry.load_method(method)
-    scalars = [r for r in describe_fields(RunConfig, "") if r["key"] in ("epochs", "batch_size", "seed", "precision", "num_threads")]
+    scalars = [
+        r
+        for r in describe_fields(RunConfig, "")
+        if r["key"] in ("epochs", "batch_size", "seed", "precision", "num_threads")
+    ]
     settings = scalars + [
         record
         for prefix, model in (("data.", DataConfig), ("optim.", OptimConfig), ("schedule.", ScheduleConfig),

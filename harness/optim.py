@@ -39,7 +39,9 @@ class ScheduleConfig(Config):
     )
     warmup_fraction: float = setting(0.0, "share of the steps with a linear rise from 0", ge=0, lt=1)
     milestones: tuple[float, ...] = setting((0.6, 0.85), "step: shares of the run after which the rate drops")
-    gamma: float = setting(0.1, "step, plateau: factor of each drop", source="Hoffer et al. 2016, section 5", gt=0, lt=1)
+    gamma: float = setting(
+        0.1, "step, plateau: factor of each drop", source="Hoffer et al. 2016, section 5", gt=0, lt=1
+    )
     patience: int = setting(5, "plateau: epochs without improvement before a drop", ge=1)
     tolerance: float = setting(1e-3, "plateau: smallest relative fall of the epoch's mean loss that counts", ge=0)
     final: float = setting(0.0, "cosine: factor at the end", ge=0, le=1)
@@ -97,7 +99,7 @@ class Lars(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Take one step; `closure`, if given, is called first and its loss returned."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:

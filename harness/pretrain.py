@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import checkpoint, optim
+from harness import checkpoint
+from harness import optim as optimisers
 from harness.augment import hash_seeds, stream_key
 from harness.batches import Batches
 from harness.contracts import Method
@@ -29,8 +30,8 @@ class Plan:
 
     steps: int
     seed: int
-    optim: optim.OptimConfig
-    schedule: optim.ScheduleConfig
+    optim: optimisers.OptimConfig
+    schedule: optimisers.ScheduleConfig
     bf16: bool
     checkpoint_seconds: float = 10.0
 
@@ -93,8 +94,8 @@ class _Session:
     def __init__(self, module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_log: LogFunction) -> None:
         self.module, self.data, self.plan, self.folder, self.on_log = module, data, plan, folder, on_log
         groups = module.parameter_groups() if isinstance(module, Method) else [{"params": list(module.parameters())}]
-        self.optimizer = optim.build(plan.optim, groups)
-        self.plateau = optim.Plateau(plan.schedule)
+        self.optimizer = optimisers.build(plan.optim, groups)
+        self.plateau = optimisers.Plateau(plan.schedule)
         self.state = State()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._initial = copy.deepcopy(self._snapshot())
@@ -137,6 +138,7 @@ class _Session:
 
     def run(self, until: int, watch: bool = True) -> None:
         """The loop. `watch` False repeats steps known to be good without logging or saving."""
+        loss: Any = self.module.loss
         device, plan, state, epoch_steps = self.data.device, self.plan, self.state, self.data.steps_per_epoch
         self.module.train()
         self._saved_at, began, before = time.monotonic(), time.monotonic(), state.seconds
@@ -149,10 +151,10 @@ class _Session:
                 self.module.on_epoch_start(self.data, step // epoch_steps)
             batch = self.data.at(step)
             torch.manual_seed(step_generator_seed(plan.seed, step))
-            factor = optim.schedule_factor(plan.schedule, step, plan.steps) * self.plateau.factor
-            optim.set_rate(self.optimizer, plan.optim.lr * factor)
+            factor = optimisers.schedule_factor(plan.schedule, step, plan.steps) * self.plateau.factor
+            optimisers.set_rate(self.optimizer, plan.optim.lr * factor)
             with self.autocast():
-                losses = self.module.loss(batch, torch.tensor(step, device=device))
+                losses = loss(batch, torch.tensor(step, device=device))
             losses["loss"].backward()
             if plan.optim.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters, plan.optim.clip_norm)
@@ -172,7 +174,9 @@ class _Session:
             if watch and int(bad) >= 0:
                 state.failed_at = int(bad)
                 return
-            self._interval_ended({k: float(v) for k, v in sums.items()}, counted, epoch_ended, executed if watch else None)
+            self._interval_ended(
+                {k: float(v) for k, v in sums.items()}, counted, epoch_ended, executed if watch else None
+            )
             sums, counted, executed = {}, 0, 0
 
     def _interval_ended(self, sums: dict[str, float], counted: int, epoch_ended: bool, executed: int | None) -> None:

@@ -32,7 +32,9 @@ def rows_path(workspace: Path, pretrain_id: str, eval_id: str) -> Path:
 
 
 def write(
-    workspace: Path, rows: Iterable[Row], chosen: Mapping[str, Any] | None = None,
+    workspace: Path,
+    rows: Iterable[Row],
+    chosen: Mapping[str, Any] | None = None,
     predictions: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Commit the rows of one evaluation; its per-image predictions are made safe first."""
@@ -40,7 +42,8 @@ def write(
     path = rows_path(workspace, rows[0].pretrain_id, rows[0].eval_id)
     if predictions:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: np.asarray(values) for name, values in predictions.items()})
+        arrays: dict[str, Any] = {name: np.asarray(values) for name, values in predictions.items()}
+        np.savez_compressed(buffer, **arrays)
         durable.write_bytes(path.with_suffix(".predictions.npz"), buffer.getvalue())
     durable.write_sealed(path, {"rows": [row.model_dump(mode="json") for row in rows], "chosen": dict(chosen or {})})
 

@@ -62,7 +62,9 @@ def add_folder(folder: Path) -> None:
             if file.stem in names(kind):  # type: ignore[arg-type]
                 raise HarnessError(f"--plugins: {kind} '{file.stem}' in {file} is already registered; rename the file")
     if not found:
-        raise HarnessError(f"--plugins: no plugin under {folder}; put files into methods/, datasets/ or evaluators/ there")
+        raise HarnessError(
+            f"--plugins: no plugin under {folder}; put files into methods/, datasets/ or evaluators/ there"
+        )
     harness.__path__.append(str(folder))  # methods and datasets are namespace packages: they follow their parent
     if (folder / "evaluators").is_dir():
         import_module("harness.evaluators").__path__.append(str(folder / "evaluators"))
@@ -87,7 +89,9 @@ def _load(kind: Kind, name: str) -> type[Any]:
         ]  # fmt: skip
     if len(classes) != 1:
         found = ", ".join(c.__name__ for c in classes) or "none"
-        raise contracts.HarnessError(f"{kind} '{name}' must define exactly one public {base.__name__} class; found {found}")
+        raise contracts.HarnessError(
+            f"{kind} '{name}' must define exactly one public {base.__name__} class; found {found}"
+        )
     return classes[0]
 
 

@@ -7,8 +7,9 @@ why. Controls and floors get the loss curve and the confusion matrix only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import nn
@@ -54,17 +55,26 @@ def log_pretraining_figures(
     first = next((m for m in method.encoder.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         weights = first.weight.detach().float().cpu().numpy()
-        _add(journal, folder, "filters", lambda: figures.first_layer_filters(weights, title=f"First layer after {title}"))
+        _add(
+            journal, folder, "filters", lambda: figures.first_layer_filters(weights, title=f"First layer after {title}")
+        )
 
 
-def log_evaluation_figures(journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation) -> None:
+def log_evaluation_figures(
+    journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation
+) -> None:
     """After an evaluation: its confusion matrix; for the method itself neighbours and 2-d maps of the features."""
     suffix = "" if cell.budget is None or cell.budget.fold is None else f"_fold{cell.budget.fold}"
     for readout, predicted in list(result.predictions.items())[:1]:
         name = f"confusion_{cell.evaluator}_{readout}{suffix}"
         true, classes = task.labels("test"), task.info.classes or ()
         title = f"{arm.method}, {cell.evaluator} {readout}: test images"
-        _add(journal, folder, name, lambda t=true, p=predicted, c=classes, h=title: figures.confusion_matrix(t, p, c, title=h))
+        _add(
+            journal,
+            folder,
+            name,
+            partial(figures.confusion_matrix, true, predicted, classes, title=title),
+        )
     if arm.role != "method" or cell.evaluator != "linear_probe" or suffix:
         return
     readout = task.encoder.readouts[0]
@@ -72,5 +82,11 @@ def log_evaluation_figures(journal: Journal, folder: Path, arm: Arm, cell: Cell,
     images = task.images("train")[:MAPPED_POINTS].cpu().numpy()
     queries: list[Any] = list(range(min(6, len(images))))
     _add(journal, folder, "neighbours", lambda: figures.nearest_neighbours(images, features, queries, labels=labels))
-    for kind in ("pca", "tsne"):
-        _add(journal, folder, f"features_{kind}", lambda k=kind: figures.feature_map_2d(features, labels, k, classes=task.info.classes))
+    kinds: tuple[Literal["pca", "tsne"], ...] = ("pca", "tsne")
+    for kind in kinds:
+        _add(
+            journal,
+            folder,
+            f"features_{kind}",
+            partial(figures.feature_map_2d, features, labels, kind, classes=task.info.classes),
+        )

@@ -13,11 +13,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
-from harness import __version__, checkpoint, durable, fingerprint, pretrain, provenance, records, registry, runs, tracking
+from harness import (
+    __version__,
+    checkpoint,
+    durable,
+    fingerprint,
+    mirror,
+    pretrain,
+    provenance,
+    records,
+    registry,
+    runs,
+)
 from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, make_plan
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
@@ -29,16 +41,37 @@ from harness.run_figures import log_evaluation_figures, log_pretraining_figures
 if TYPE_CHECKING:
     import pandas as pd
 
+Module = TypeVar("Module", bound=nn.Module)
 PREPARE_BATCH = 256  # of passes over the data outside training; fixed, because batch-norm statistics depend on it
 
 
-class Reporter:
-    """What a run tells whoever watches; the CLI overrides it, the Python API stays silent."""
+class Reporter(Protocol):
+    """What a run tells whoever watches: the CLI draws it, the Python API is silent."""
 
     def arm_started(self, arm: Arm, number: int, total: int) -> None: ...
-    def training(self, label: str, step: int, steps: int, means: Mapping[str, float], images_per_second: float) -> None: ...
+    def training(
+        self, label: str, step: int, steps: int, means: Mapping[str, float], images_per_second: float
+    ) -> None: ...
     def evaluating(self, arm: Arm, cell: Cell) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def arm_started(self, arm: Arm, number: int, total: int) -> None:
+        return
+
+    def training(
+        self, label: str, step: int, steps: int, means: Mapping[str, float], images_per_second: float
+    ) -> None:
+        return
+
+    def evaluating(self, arm: Arm, cell: Cell) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        return
 
 
 @dataclass
@@ -48,7 +81,7 @@ class Outcome:
     plan: Plan
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    owed: tracking.Owed = field(default_factory=tracking.Owed)
+    owed: mirror.Owed = field(default_factory=mirror.Owed)
     steps_executed: int = 0
 
 
@@ -57,18 +90,21 @@ def execute(request: Request, reporter: Reporter | None = None, plan: Plan | Non
 
     Raises HarnessError before anything is written when the request cannot be met.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or Silent()
     plan = plan or make_plan(request)
     outcome = Outcome(plan)
-    tracker = tracking.Tracking(request.workspace, request.tracking)
+    tracker = mirror.Tracking(request.workspace, request.tracking)
     tracker.start()
     clean = False
     try:
         with _numerics(plan):
             for number, arm in enumerate(plan.arms, 1):
+                torch.set_num_threads(arm.config.num_threads or 1)
                 reporter.arm_started(arm, number, len(plan.arms))
                 lock = request.workspace / ".harness" / "locks" / f"{arm.pretrain_id}.lock"
-                with durable.locked(lock, lambda: reporter.note("another process is at work on this arm; waiting for it")):
+                with durable.locked(
+                    lock, lambda: reporter.note("another process is at work on this arm; waiting for it")
+                ):
                     _ArmRun(plan, arm, tracker, reporter, outcome).run()
         main = plan.arms[0]
         durable.write_sealed(request.workspace / ".harness" / "latest.json", {"pretrain_id": main.pretrain_id})
@@ -83,7 +119,6 @@ def execute(request: Request, reporter: Reporter | None = None, plan: Plan | Non
 def _numerics(plan: Plan) -> Iterator[None]:
     """Threads and determinism of a run, put back afterwards."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(plan.arms[0].config.num_threads or threads)
     if plan.request.deterministic:
         torch.use_deterministic_algorithms(True)
     try:
@@ -96,7 +131,7 @@ def _numerics(plan: Plan) -> Iterator[None]:
 class _ArmRun:
     """Carries one arm from its configuration to its rows."""
 
-    def __init__(self, plan: Plan, arm: Arm, tracker: tracking.Tracking, reporter: Reporter, outcome: Outcome) -> None:
+    def __init__(self, plan: Plan, arm: Arm, tracker: mirror.Tracking, reporter: Reporter, outcome: Outcome) -> None:
         self.plan, self.arm, self.tracker, self.reporter, self.outcome = plan, arm, tracker, reporter, outcome
         self.workspace = plan.request.workspace
         self.folder = runs.checkpoint_folder(self.workspace, arm.pretrain_id)
@@ -113,7 +148,9 @@ class _ArmRun:
             else:
                 self.outcome.rows += [row for row in rows if row.metric != "status" or row.status != "FINISHED"]
                 if any(row.status == "NONFINITE" for row in rows):
-                    self.outcome.problems.append(f"{self.arm.method}: the loss was not finite at step {rows[0].steps}; not retried")
+                    self.outcome.problems.append(
+                        f"{self.arm.method}: the loss was not finite at step {rows[0].steps}; not retried"
+                    )
                     return
         if todo:
             with self._recorded(), self._failures_become_rows():
@@ -139,12 +176,12 @@ class _ArmRun:
         encoder = build_encoder(self.arm.method, self.arm.config, self.plan.material.info)
         tensors, facts = saved
         encoder.load_state_dict(tensors)
-        return encoder.to(self.plan.device, memory_format=torch.channels_last).eval(), facts  # type: ignore[call-overload]
+        return _placed(encoder, self.plan.device).eval(), facts
 
     def _pretrain(self) -> tuple[Encoder, dict[str, Any]]:
         arm, device, info = self.arm, self.plan.device, self.plan.material.info
         started, clock = _now(), time.monotonic()
-        method = build_method(arm.method, arm.config, info).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method = _placed(build_method(arm.method, arm.config, info), device)
         if arm.plugin.role == "outside":
             weights = self.plan.request.weights
             assert weights is not None
@@ -152,7 +189,9 @@ class _ArmRun:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         images = self.plan.material.pretrain_images
-        everything = Batches(images, None, batch_size=min(PREPARE_BATCH, len(images)), seed=arm.config.seed, device=device)
+        everything = Batches(
+            images, None, batch_size=min(PREPARE_BATCH, len(images)), seed=arm.config.seed, device=device
+        )
         method.prepare(everything)
         facts: dict[str, Any] = {"status": "FINISHED", "steps": 0, "images_seen": 0, "images_per_second": None}
         curve: list[dict[str, float]] = []
@@ -187,8 +226,12 @@ class _ArmRun:
             images, labels = train.images[arm.labelled], train.labels[arm.labelled]
         data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
         bf16, plan_request = arm.config.precision == "bf16", self.plan.request
-        plan = pretrain.Plan(arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16, plan_request.checkpoint_seconds)
-        return pretrain.train(method, data, plan, self.folder / "state", self._logger("pretrain", arm.steps, arm.batch_size))
+        plan = pretrain.Plan(
+            arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16, plan_request.checkpoint_seconds
+        )
+        return pretrain.train(
+            method, data, plan, self.folder / "state", self._logger("pretrain", arm.steps, arm.batch_size)
+        )
 
     def _logger(self, phase: str, steps: int, batch_size: int) -> pretrain.LogFunction:
         last = {"time": time.monotonic()}
@@ -209,7 +252,7 @@ class _ArmRun:
         arm, info = self.arm, self.plan.material.info
         if facts["status"] != "FINISHED" or type(method).diagnostics is Method.diagnostics:
             return []
-        untrained = build_encoder(arm.method, arm.config, info).to(self.plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        untrained = _placed(build_encoder(arm.method, arm.config, info), self.plan.device)
         set_batch_norm_statistics(untrained, everything.batches(64 * PREPARE_BATCH))
         values = method.diagnostics(everything, untrained.eval())
         return [Measurement(None, "pretrain", name, float(value)) for name, value in values.items()]
@@ -222,7 +265,9 @@ class _ArmRun:
         checkpoint.discard(self.folder / "state")
         status: Status = facts["status"]
         if status != "FINISHED":
-            self.outcome.problems.append(f"{self.arm.method}: the loss was not finite at step {facts['steps']}; the weights before it are kept")
+            self.outcome.problems.append(
+                f"{self.arm.method}: the loss was not finite at step {facts['steps']}; the weights before it are kept"
+            )
         rows = [self._row(m, None, facts, self._own_id(), "FINISHED") for m in pretext]
         rows = rows or [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._own_id(), status)]
         records.write(self.workspace, rows)
@@ -241,12 +286,16 @@ class _ArmRun:
         arm, plan = self.arm, self.plan
         evaluator = registry.load_evaluator(cell.evaluator)(arm.config.eval[cell.evaluator])
         states = self.folder / cell.eval_id
-        phase = cell.evaluator if cell.budget is None or cell.budget.fold is None else f"{cell.evaluator}.fold{cell.budget.fold}"
+        phase = (
+            cell.evaluator
+            if cell.budget is None or cell.budget.fold is None
+            else f"{cell.evaluator}.fold{cell.budget.fold}"
+        )
         loggers: dict[str, pretrain.LogFunction] = {}
 
-        def on_steps(key: str, step: int, steps: int, means: dict[str, float], executed: int) -> None:
+        def on_steps(key: str, step: int, steps: int, means: dict[str, float], executed: int, batch: int) -> None:
             if key not in loggers:
-                loggers[key] = self._logger(f"{phase}.{key.partition('/')[2]}", steps, arm.config.batch_size)
+                loggers[key] = self._logger(f"{phase}.{key.partition('/')[2]}", steps, batch)
             loggers[key](step, means, executed)
 
         task = Task(
@@ -269,7 +318,11 @@ class _ArmRun:
     def _row(self, m: Measurement, cell: Cell | None, facts: Mapping[str, Any], eval_id: str, status: Status) -> Row:
         arm, plan, budget = self.arm, self.plan, cell.budget if cell else None
         settings = dotted(arm.config)
-        keep = {k: v for k, v in settings.items() if not k.startswith("eval.") or (cell and k.startswith(f"eval.{cell.evaluator}."))}
+        keep = {
+            k: v
+            for k, v in settings.items()
+            if not k.startswith("eval.") or (cell and k.startswith(f"eval.{cell.evaluator}."))
+        }
         opened = sorted(arm.identity["data"]) + (["train"] if budget else []) + (["test"] if m.split == "test" else [])
         digests = {name: plan.material.digests[name] for name in dict.fromkeys(opened)}
         codes = [arm.identity["code"]]
@@ -294,7 +347,7 @@ class _ArmRun:
             finished_at=facts["finished_at"], status=m.status or status, collapsed=m.collapsed, converged=m.converged,
             weights_sha256=facts["weights_sha256"], images_per_second=facts["images_per_second"],
             peak_memory_bytes=facts["peak_memory_bytes"],
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ bookkeeping
 
@@ -308,7 +361,8 @@ class _ArmRun:
             tags={"method": arm.method, "role": arm.role, "dataset": arm.config.dataset_name, "encoder": arm.config.encoder.name,
                   "seed": str(arm.config.seed)},
             config=dotted(arm.config), environment=environment(),
-            datasets=[{"name": f"{info.name}/{k}", "digest": v, "context": "pretraining"} for k, v in arm.identity["data"].items()],
+            datasets=[{"name": f"{info.name}/{split}", "digest": digest, "context": "pretraining"}
+                      for split, digest in arm.identity["data"].items()],
             parent=None if arm is self.plan.arms[0] else self.plan.arms[0].pretrain_id,
         )  # fmt: skip
         status = "INTERRUPTED"
@@ -334,13 +388,20 @@ class _ArmRun:
             log = self.folder / "error.txt"
             durable.write_bytes(log, traceback.format_exc().encode())
             advice = "lower it with --set batch_size=N" if memory else f"the traceback is in {log}"
-            self.outcome.problems.append(f"{self.arm.method}: {status} ({type(error).__name__}: {str(error)[:200]}); {advice}")
+            self.outcome.problems.append(
+                f"{self.arm.method}: {status} ({type(error).__name__}: {str(error)[:200]}); {advice}"
+            )
             facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
                      "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
                      **provenance.code_state()}  # fmt: skip
             rows = [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._failure_id(), status)]
             records.write(self.workspace, rows)
             self._publish(rows)
+
+
+def _placed(module: Module, device: torch.device) -> Module:
+    """The module on `device`, its convolutions' weights in channels_last memory like the images."""
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _now() -> str:
@@ -351,17 +412,31 @@ def _now() -> str:
 
 
 def run(
-    method: str = "sc", dataset: str = "digits", *, workspace: str | Path = ".", recipe: str | list[str] | None = None,
-    data_dir: str | Path | None = None, labels: str | int | float = "all", label_seed: int | None = None,
-    evaluators: list[str] | None = None, device: str = "auto", deterministic: bool = False, offline: bool = False,
-    control: bool = True, tracking: str | None = None, set: Mapping[str, Any] | None = None, **settings: Any,
+    method: str = "sc",
+    dataset: str = "digits",
+    *,
+    workspace: str | Path = ".",
+    recipe: str | list[str] | None = None,
+    data_dir: str | Path | None = None,
+    labels: str | int | float = "all",
+    label_seed: int | None = None,
+    evaluators: list[str] | None = None,
+    device: str = "auto",
+    deterministic: bool = False,
+    offline: bool = False,
+    control: bool = True,
+    tracking: str | None = None,
+    set: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Pretrain, evaluate beside the controls, record; return every row the call used as a DataFrame.
 
     settings: any top-level setting (`seed=0`, `epochs=10`, `encoder="resnet18"`); dotted ones go into `set`
     ({"optim.lr": 0.05}). The other arguments are the flags of `harness run`. Raises HarnessError for a mistake.
     """
-    flags = {("encoder.name" if key == "encoder" else key): value for key, value in settings.items() if value is not None}
+    flags = {
+        ("encoder.name" if key == "encoder" else key): value for key, value in settings.items() if value is not None
+    }
     recipes = [recipe] if isinstance(recipe, str) else recipe or []
     request = Request(
         method=method, dataset=dataset, layers=Layers([load_recipe(r) for r in recipes], flags, dict(set or {})),
@@ -373,10 +448,19 @@ def run(
 
 
 def evaluate(
-    run: str | None = None, *, weights: str | Path | None = None, encoder: str | None = None, dataset: str | None = None,
-    workspace: str | Path = ".", data_dir: str | Path | None = None, labels: str | int | float = "all",
-    label_seed: int | None = None, evaluators: list[str] | None = None, control: bool = True,
-    tracking: str | None = None, set: Mapping[str, Any] | None = None,
+    run: str | None = None,
+    *,
+    weights: str | Path | None = None,
+    encoder: str | None = None,
+    dataset: str | None = None,
+    workspace: str | Path = ".",
+    data_dir: str | Path | None = None,
+    labels: str | int | float = "all",
+    label_seed: int | None = None,
+    evaluators: list[str] | None = None,
+    control: bool = True,
+    tracking: str | None = None,
+    set: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Evaluate a finished pretraining, or an outside encoder's weights, by the same protocol; return the rows."""
     request = evaluation_request(
@@ -388,8 +472,13 @@ def evaluate(
 
 
 def evaluation_request(
-    run: str | None, weights: Path | None, encoder: str | None, dataset: str | None, workspace: Path,
-    overrides: dict[str, Any], **changes: Any,
+    run: str | None,
+    weights: Path | None,
+    encoder: str | None,
+    dataset: str | None,
+    workspace: Path,
+    overrides: dict[str, Any],
+    **changes: Any,
 ) -> Request:
     """The request behind `harness evaluate`. Raises HarnessError when run and weights are both or neither given."""
     if (run is None) == (weights is None):
@@ -398,7 +487,14 @@ def evaluation_request(
         found = runs.find(workspace, run)
         request = runs.request_again(found, layers=Layers(overrides=overrides), **changes)
         if make_plan(request).arms[0].pretrain_id != found.pretrain_id:
-            raise HarnessError(f"run {found.pretrain_id} was made by other code or data than there is now; run its command again")
+            if registry.load_method(request.method).supervised:
+                raise HarnessError(
+                    f"run {found.pretrain_id} learnt from its own labels; "
+                    "give the --labels and --label-seed that it was made with"
+                )
+            raise HarnessError(
+                f"run {found.pretrain_id} was made by other code or data than there is now; run its command again"
+            )
         return request
     if encoder is None or dataset is None:
         raise HarnessError("--weights needs --encoder (what the weights are for) and --dataset (what to evaluate on)")
@@ -406,7 +502,14 @@ def evaluation_request(
     state = runs.read_weights(weights)
     method = registry.methods_with_role("outside")[0]
     overrides = {"encoder.name": encoder, "method.weights_sha256": fingerprint.tensors_sha256(state), **overrides}
-    return Request(method=method, dataset=dataset, layers=Layers(overrides=overrides), workspace=workspace, weights=weights, **changes)
+    return Request(
+        method=method,
+        dataset=dataset,
+        layers=Layers(overrides=overrides),
+        workspace=workspace,
+        weights=weights,
+        **changes,
+    )
 
 
 __all__ = ["Outcome", "Reporter", "Request", "evaluate", "evaluation_request", "execute", "run"]

@@ -30,14 +30,17 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The resolved configuration it was trained with."""
-        settings = {k: v for k, v in self.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))}
+        settings = {
+            k: v for k, v in self.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))
+        }
         return build(self.facts["method"], self.facts["config"]["dataset_name"], settings, ())
 
     @property
     def info(self) -> DatasetInfo:
         """The facts of the data it was trained on, as they were then."""
-        stored = self.facts["info"]
-        return DatasetInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        stored: dict[str, Any] = self.facts["info"]
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return DatasetInfo(**values)
 
     def encoder(self) -> Encoder:
         """The trained encoder on the CPU in eval mode; its digest is checked."""
@@ -73,14 +76,20 @@ def find(workspace: Path, word: str) -> Run:
             raise HarnessError(f"there is no finished run in {workspace}; make one with `harness run`")
         word = latest["pretrain_id"]
     if not re.fullmatch(r"[0-9a-f]{1,16}", word):
-        raise HarnessError(f"'{word}' names no run: give `latest` or the first letters of a pretrain_id (harness list runs)")
+        raise HarnessError(
+            f"'{word}' names no run: give `latest` or the first letters of a pretrain_id (harness list runs)"
+        )
     folders = sorted(p.parent.name for p in (workspace / ".harness" / "checkpoints").glob(f"{word}*/encoder.json"))
     if len(folders) != 1:
-        found = f"several ({', '.join(folders[:4])}); give more letters" if folders else "none (see `harness list runs`)"
+        found = (
+            f"several ({', '.join(folders[:4])}); give more letters" if folders else "none (see `harness list runs`)"
+        )
         raise HarnessError(f"run '{word}' in {workspace}: found {found}")
     facts = durable.read_sealed(checkpoint_folder(workspace, folders[0]) / "encoder.json")
     if facts is None:
-        raise HarnessError(f"the record of run {folders[0]} is damaged; delete {checkpoint_folder(workspace, folders[0])} and rerun")
+        raise HarnessError(
+            f"the record of run {folders[0]} is damaged; delete {checkpoint_folder(workspace, folders[0])} and rerun"
+        )
     return Run(workspace, folders[0], facts)
 
 
@@ -94,7 +103,9 @@ def load_encoder(run: str = "latest", workspace: str | Path = ".") -> Encoder:
 
 def request_again(run: Run, **changes: Any) -> arms.Request:
     """The request that leads to this very pretraining again, with other evaluations."""
-    settings = {k: v for k, v in run.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))}
+    settings = {
+        k: v for k, v in run.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))
+    }
     settings = {k: (tuple(v) if isinstance(v, list) else v) for k, v in settings.items()}
     layers: Layers = changes.pop("layers", Layers())
     layers = Layers(layers.recipes, {**layers.flags, **settings}, layers.overrides)
@@ -145,7 +156,9 @@ def adopt(encoder: Encoder, state: dict[str, Tensor], path: Path) -> None:
             encoder.load_state_dict({k: candidate.get(k, own[k]) for k in own})
             return
     absent = [k for k in own if k not in state and k not in ("mean", "std")]
-    raise HarnessError(f"--weights {path}: {len(absent)} tensors of encoder {encoder.name} are missing, first '{absent[0]}'")
+    raise HarnessError(
+        f"--weights {path}: {len(absent)} tensors of encoder {encoder.name} are missing, first '{absent[0]}'"
+    )
 
 
 __all__ = ["Run", "adopt", "checkpoint_folder", "find", "finished", "load_encoder", "read_weights", "request_again"]

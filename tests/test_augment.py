@@ -46,7 +46,7 @@ def test_uniform_is_uniform_and_streams_are_independent() -> None:
     assert stats.kstest(a, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.03
     assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.03
-    assert 0 <= a.min() and a.max() < 1
+    assert a.min() >= 0 and a.max() < 1
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

@@ -31,15 +31,20 @@ def test_help_and_completion_load_nothing_heavy(words: list[str], environment: d
     code = (
         "import os, sys\n"
         "sys.argv = ['harness'] + sys.argv[1:]\n"
-        "def show(code): print('LOADED', [m for m in sys.modules if m in %r]); sys.stdout.flush(); raise SystemExit\n"
+        f"heavy = {HEAVY!r}\n"
+        "def show(code): print('LOADED', [m for m in sys.modules if m in heavy]); sys.stdout.flush(); raise SystemExit\n"
         "os._exit = show\n"
         "import click\n"
         "from harness import cli\n"
         "try: cli.main()\n"
-        "except SystemExit: print('LOADED', [m for m in sys.modules if m in %r])\n"
-    ) % (HEAVY, HEAVY)
+        "except SystemExit: print('LOADED', [m for m in sys.modules if m in heavy])\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
     )
     assert "LOADED []" in done.stdout, done.stdout + done.stderr
     if environment:
@@ -117,5 +122,9 @@ def test_lists(what: str, tmp_path: Path) -> None:
 def test_describe_shows_every_setting_with_its_meaning(tmp_path: Path) -> None:
     done = harness("describe", "sc", "--json", cwd=tmp_path)
     settings = json.loads(done.stdout)["settings"]
-    assert {"method.patch", "optim.lr", "epochs", "eval.knn.variants"} & {s["key"] for s in settings} >= {"method.patch", "optim.lr", "epochs"}
+    assert {"method.patch", "optim.lr", "epochs", "eval.knn.variants"} & {s["key"] for s in settings} >= {
+        "method.patch",
+        "optim.lr",
+        "epochs",
+    }
     assert all(s["meaning"] for s in settings)

@@ -13,7 +13,7 @@ from harness.contracts import HarnessError
 
 
 def resolved(layers: Layers, method: str = "sc", of: str | None = "sc") -> config.RunConfig:
-    return resolve(method, "digits", layers, default_encoder="convnet_small", method_settings_of=of, evaluators=["knn"])
+    return resolve(method, "digits", layers, default_encoder="convnet_small", method_settings_of=of, evaluators=["knn", "fine_tune"])
 
 
 def test_precedence_shared_method_recipes_flags_overrides() -> None:
@@ -64,7 +64,16 @@ def test_bad_settings_are_one_line(pair: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("0.5", 0.5), ("1e-3", 1e-3), ("true", True), ("none", None), ("cosine", "cosine"), ("[0.5, 0.9]", [0.5, 0.9]), ('"3"', "3")],
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("none", None),
+        ("cosine", "cosine"),
+        ("[0.5, 0.9]", [0.5, 0.9]),
+        ('"3"', "3"),
+    ],
 )
 def test_values_are_read_as_toml_else_as_text(text: str, value: Any) -> None:
     assert config.parse_value(text) == value
@@ -106,4 +115,4 @@ def test_recipe_errors(tmp_path: Path) -> None:
 def test_dotted_settings_build_the_same_config() -> None:
     c = resolved(Layers(overrides={"schedule.milestones": [0.5], "encoder.norm": "group"}))
     settings = {k: v for k, v in dotted(c).items() if not k.startswith(("method_name", "dataset_name"))}
-    assert config.build("sc", "digits", settings, ["knn"]) == c
+    assert config.build("sc", "digits", settings, ["knn", "fine_tune"]) == c

@@ -115,7 +115,7 @@ def test_views_depend_on_the_sample_alone(name: str, digits: tuple[DatasetInfo, 
     parts = [method.preview(everything.gather(part, 5)) for part in (indices[:1], indices[1:4], indices[4:])]
     for view, value in whole.items():
         assert torch.equal(value, torch.cat([part[view] for part in parts]))
-        assert value.is_floating_point() and 0 <= value.min() and value.max() <= 1
+        assert value.is_floating_point() and value.min() >= 0 and value.max() <= 1
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -126,7 +126,13 @@ def test_search_ranges_hold_valid_values(name: str, digits: tuple[DatasetInfo, S
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         search: Any = extra.get("search")
         assert field.description, f"{key} has no meaning"
-        values = search.values if isinstance(search, Choice) else (search.low, search.high) if isinstance(search, Range) else ()
+        values = (
+            search.values
+            if isinstance(search, Choice)
+            else (search.low, search.high)
+            if isinstance(search, Range)
+            else ()
+        )
         for value in values:
             try:
                 make(name, info, **{f"method.{key}": value})

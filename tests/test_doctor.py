@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness import arms, checkpoint, doctor, durable, journal, records, tracking
+from harness import arms, checkpoint, delivery, doctor, durable, journal, records
 from harness.config import Layers, dotted, resolve
 from harness.contracts import HarnessError
 from harness.doctor import Finding, examine
@@ -220,7 +220,7 @@ def test_a_run_that_only_the_store_believes_alive(workspace: Path, monkeypatch: 
     (workspace / "mlflow.db").unlink()
     fake_store(workspace, "RUNNING")
     assert [f.what for f in troubles(workspace)] == [f"run {ID} was killed and still counts as running"]
-    monkeypatch.setattr(tracking, "reap_dead", lambda _: [ID])
+    monkeypatch.setattr(delivery, "reap_dead", lambda _: [ID])
     assert troubles(workspace, repair=True)[0].repaired
 
 
@@ -296,9 +296,9 @@ def test_no_path_is_told(workspace: Path) -> None:
 TRACKED_OWNER = """
     import sys, time
     from pathlib import Path
-    from harness import durable, journal, tracking
+    from harness import durable, journal, mirror
     workspace, key = Path(sys.argv[1]), "f" * 16
-    tracker = tracking.Tracking(workspace)
+    tracker = mirror.Tracking(workspace)
     with durable.locked(journal.lock_path(workspace, key)):
         tracker.open(key, name="sc-digits-s0", params={}, tags={"pretrain_id": key}, config={}, environment={})
         tracker.start()

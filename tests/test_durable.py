@@ -52,7 +52,9 @@ def test_disk_full_names_path_and_bytes(tmp_path: Path) -> None:
         temporary.write_bytes(b"12345")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(HarnessError, match=r"disk full while writing .*weights.*: 5 bytes were written, [\d,]+ are free"):
+    with pytest.raises(
+        HarnessError, match=r"disk full while writing .*weights.*: 5 bytes were written, [\d,]+ are free"
+    ):
         durable.write(tmp_path / "weights", full)
     assert os.listdir(tmp_path) == []
 
@@ -134,7 +136,9 @@ def test_truncated_and_hostile_files_run_no_code(tmp_path: Path) -> None:
     with pytest.raises(HarnessError):
         checkpoint.load_state(tmp_path / "s")
     # even with a matching digest, weights_only refuses it
-    durable.write_sealed(tmp_path / "s" / "latest.json", {"file": file.name, "sha256": durable.sha256_file(file), "step": 1})
+    durable.write_sealed(
+        tmp_path / "s" / "latest.json", {"file": file.name, "sha256": durable.sha256_file(file), "step": 1}
+    )
     with pytest.raises(HarnessError, match="never written here"):
         checkpoint.load_state(tmp_path / "s")
     assert not (tmp_path / "owned").exists()

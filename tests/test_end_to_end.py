@@ -53,16 +53,37 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[
 
 def test_rows_are_complete_unique_and_plain(done: tuple[Path, list[dict[str, Any]]]) -> None:
     workspace, rows = done
-    assert {row["method"] for row in rows} == {"sc", "sc_null", "random_init", "supervised", "pixels", "pixels_svm", "hog"}
-    keys = [tuple(row[k] for k in ("method", "evaluator", "readout", "labels", "fold", "split", "metric", "seed")) for row in rows]
+    assert {row["method"] for row in rows} == {
+        "sc",
+        "sc_null",
+        "random_init",
+        "supervised",
+        "pixels",
+        "pixels_svm",
+        "hog",
+    }
+    keys = [
+        tuple(row[k] for k in ("method", "evaluator", "readout", "labels", "fold", "split", "metric", "seed"))
+        for row in rows
+    ]
     assert len(set(keys)) == len(keys)
     for row in rows:
         assert set(row) == set(Row.model_fields)
         assert row["value"] is not None or row["metric"] == "status"
         text = json.dumps(row)
         assert str(workspace) not in text and os.uname().nodename not in text
-    assert {row["evaluator"] for row in rows if row["method"] == "sc"} == {"pretext", "linear_probe", "knn", "fine_tune", "representation"}
-    assert {row["readout"] for row in rows if row["evaluator"] == "linear_probe" and row["method"] == "sc"} == {"gap", "spatial", "spatial_pca"}
+    assert {row["evaluator"] for row in rows if row["method"] == "sc"} == {
+        "pretext",
+        "linear_probe",
+        "knn",
+        "fine_tune",
+        "representation",
+    }
+    assert {row["readout"] for row in rows if row["evaluator"] == "linear_probe" and row["method"] == "sc"} == {
+        "gap",
+        "spatial",
+        "spatial_pca",
+    }
     assert {row["split"] for row in rows if row["evaluator"] == "linear_probe"} == {"validation", "test"}
     subsets = {row["label_subset_sha256"] for row in rows if row["labels"]}
     assert len(subsets) == 1  # every arm is measured with the same labelled images
@@ -99,20 +120,41 @@ def test_every_mlflow_run_is_finished_and_holds_the_numbers(done: tuple[Path, li
     assert {run[0] for run in runs} == {"FINISHED"}
     sc = next(run for run in runs if run[1]["harness.method"] == "sc")
     assert sc[2]["optim.lr"] == "0.1" and sc[2]["method.patch"] == "0.5"
-    value = next(r["value"] for r in rows if r["method"] == "sc" and r["readout"] == "gap" and r["split"] == "test" and r["metric"] == "top1" and r["evaluator"] == "linear_probe")
+    value = next(
+        r["value"]
+        for r in rows
+        if r["method"] == "sc"
+        and r["readout"] == "gap"
+        and r["split"] == "test"
+        and r["metric"] == "top1"
+        and r["evaluator"] == "linear_probe"
+    )
     assert value in sc[3].values()
     assert {"config.json", "environment.json", "figures"} <= set(sc[4])
 
 
 def test_the_table_names_controls_and_where_things_are(done: tuple[Path, list[dict[str, Any]]]) -> None:
     out = harness(*COMMAND, cwd=done[0])
-    for word in ("sc", "random_init", "pixels_svm", "hog", "headline", "kNN", "fine-tune", "results/runs", "harness ui", "one seed"):
+    for word in (
+        "sc",
+        "random_init",
+        "pixels_svm",
+        "hog",
+        "headline",
+        "kNN",
+        "fine-tune",
+        "results/runs",
+        "harness ui",
+        "one seed",
+    ):
         assert word in out
 
 
 def test_evaluate_reuses_the_pretraining(done: tuple[Path, list[dict[str, Any]]]) -> None:
     workspace, _ = done
-    rows = json.loads(harness("evaluate", "latest", "--labels", "5pc", "--eval", "knn", "--no-control", "--json", cwd=workspace))["rows"]
+    rows = json.loads(
+        harness("evaluate", "latest", "--labels", "5pc", "--eval", "knn", "--no-control", "--json", cwd=workspace)
+    )["rows"]
     mine = [row for row in rows if row["evaluator"] == "knn"]
     assert mine and {row["labels"] for row in mine} == {"5pc"}
     assert json.loads(harness("show", "latest", "--json", cwd=workspace))["attempts"] <= 2
@@ -134,7 +176,18 @@ def test_python_api_reads_what_the_command_wrote(done: tuple[Path, list[dict[str
 def test_supervised_identity_depends_on_its_labels(tmp_path: Path) -> None:
     ids = []
     for labels in ("10pc", "all"):
-        out = harness("run", "--method", "supervised", "--dataset", "digits", "--labels", labels, "--dry-run", "--json", cwd=tmp_path)
+        out = harness(
+            "run",
+            "--method",
+            "supervised",
+            "--dataset",
+            "digits",
+            "--labels",
+            labels,
+            "--dry-run",
+            "--json",
+            cwd=tmp_path,
+        )
         ids.append({arm["method"]: arm["pretrain_id"] for arm in json.loads(out)["arms"]})
     assert ids[0]["supervised"] != ids[1]["supervised"]
     assert ids[0]["random_init"] == ids[1]["random_init"]
@@ -163,7 +216,9 @@ def test_a_test_split_that_raises_disturbs_nothing_before_the_end(tmp_path: Path
     digits, _ = registry.load_dataset("digits")
     plugins = tmp_path / "plugins"
     (plugins / "datasets").mkdir(parents=True)
-    (plugins / "datasets" / "no_test.py").write_text(LEAKY.replace("Digits)", f"{digits.__name__})").replace("import Digits", f"import {digits.__name__}"))
+    (plugins / "datasets" / "no_test.py").write_text(
+        LEAKY.replace("Digits)", f"{digits.__name__})").replace("import Digits", f"import {digits.__name__}")
+    )
     code = (
         "import sys; from pathlib import Path; from harness import registry; registry.add_folder(Path(sys.argv[1]))\n"
         "from harness.arms import Request; from harness.config import Layers; from harness.runner import execute\n"
@@ -182,7 +237,20 @@ def test_a_test_split_that_raises_disturbs_nothing_before_the_end(tmp_path: Path
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_cleanly_and_it_continues(signum: int, code: int, tmp_path: Path) -> None:
-    long = ("run", "--method", "sc", "--dataset", "digits", "--epochs", "400", "--eval", "knn", "--no-control", "--labels", "10pc")
+    long = (
+        "run",
+        "--method",
+        "sc",
+        "--dataset",
+        "digits",
+        "--epochs",
+        "400",
+        "--eval",
+        "knn",
+        "--no-control",
+        "--labels",
+        "10pc",
+    )
     process = start(*long, cwd=tmp_path)
     journals = tmp_path / ".harness" / "journals"
     deadline = time.monotonic() + 120

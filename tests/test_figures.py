@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from harness.contracts import HarnessError
 from harness import figures
+from harness.contracts import HarnessError
 
 DIGITS = load_digits()
 IMAGES = (DIGITS.images / 16)[:, None].astype(np.float32)

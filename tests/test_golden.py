@@ -73,4 +73,6 @@ def test_golden_numbers() -> None:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({"numbers_version": NUMBERS_VERSION, "integers": integers(), "losses": losses()}, indent=1) + "\n")
+    FILE.write_text(
+        json.dumps({"numbers_version": NUMBERS_VERSION, "integers": integers(), "losses": losses()}, indent=1) + "\n"
+    )

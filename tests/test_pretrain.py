@@ -24,7 +24,9 @@ class Toy(nn.Module):
     def __init__(self, bad_step: int | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 3))
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 3)
+        )
         self.bad_step = bad_step
 
     def loss(self, batch: Batch, step: Tensor) -> dict[str, Tensor]:
@@ -51,7 +53,9 @@ def weights(module: nn.Module) -> Tensor:
     return torch.cat([t.flatten().double() for t in module.state_dict().values()])
 
 
-def train(module: nn.Module, p: pretrain.Plan, folder: Path | None = None, stop_at: int | None = None) -> pretrain.Finished:
+def train(
+    module: nn.Module, p: pretrain.Plan, folder: Path | None = None, stop_at: int | None = None
+) -> pretrain.Finished:
     class Stop(Exception):
         pass
 
@@ -65,7 +69,9 @@ def train(module: nn.Module, p: pretrain.Plan, folder: Path | None = None, stop_
         return pretrain.Finished([], 0.0, 0, None)
 
 
-@pytest.mark.parametrize("schedule", [{"name": "cosine"}, {"name": "plateau", "patience": 1}, {"name": "step", "warmup_fraction": 0.2}])
+@pytest.mark.parametrize(
+    "schedule", [{"name": "cosine"}, {"name": "plateau", "patience": 1}, {"name": "step", "warmup_fraction": 0.2}]
+)
 @pytest.mark.parametrize("optim", [{"name": "sgd"}, {"name": "adamw"}, {"name": "lars"}])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resume_is_bit_identical(tmp_path: Path, schedule: dict[str, Any], optim: dict[str, Any], bf16: bool) -> None:

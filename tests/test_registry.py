@@ -55,7 +55,9 @@ def test_unknown_names_list_near_ones() -> None:
 
 def python(code: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": ""}
-    return subprocess.run([sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_folder_of_plugins_is_used_only_when_named(tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_folder_errors(tmp_path: Path) -> None:
         registry.add_folder(tmp_path)
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "sc.py").write_text(PLUGIN)
-    with pytest.raises(HarnessError, match="'sc' in .* is already registered"):
+    with pytest.raises(HarnessError, match=r"'sc' in .* is already registered"):
         registry.add_folder(tmp_path)
 
 
@@ -88,7 +90,9 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     point = EntryPoint("third_party", "harness.methods.random_init", "harness.methods")
     real = registry._entry_points
-    monkeypatch.setattr(registry, "_entry_points", lambda kind: {"third_party": point} if kind == "method" else real(kind))
+    monkeypatch.setattr(
+        registry, "_entry_points", lambda kind: {"third_party": point} if kind == "method" else real(kind)
+    )
     assert "third_party" in registry.names("method")
     assert registry._load.__wrapped__("method", "third_party").__name__ == "RandomInit"
 

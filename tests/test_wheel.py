@@ -40,9 +40,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(code: str, site: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Python with the wheel's content first and the checkout nowhere."""
     paths = [str(site)]
-    prologue = "import sys; sys.path = [p for p in sys.path if p != %r]; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n" % str(ROOT)
+    prologue = (
+        f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    )
     return subprocess.run(
-        [sys.executable, "-c", prologue + code], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        [sys.executable, "-c", prologue + code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
 
 

@@ -43,7 +43,7 @@ class Summary:
     def readouts(self) -> list[str]:
         """Readouts that any arm has, those of networks first."""
         seen = {name for line in self.lines for name in line.readouts}
-        return sorted(seen, key=lambda n: (["gap", "spatial", "spatial_pca", "cls", "mean"] + sorted(seen)).index(n))
+        return sorted(seen, key=lambda n: ["gap", "spatial", "spatial_pca", "cls", "mean", *sorted(seen)].index(n))
 
     def verdict(self, method: str) -> str:
         """One sentence: whether `method` is above the best floor, which is what `works` means here."""
@@ -90,11 +90,11 @@ def _line(rows: Sequence[Row], split: str) -> Line:
     readouts: dict[str, float] = {}
     choice: list[tuple[float, str]] = []
     for evaluator in (PROBE, SVM):
-        for readout in dict.fromkeys(r.readout for r in rows if r.evaluator == evaluator and r.readout):
-            value, validation = _mean(rows, evaluator, readout, split), _mean(rows, evaluator, readout, "validation")
+        for name in dict.fromkeys(r.readout for r in rows if r.evaluator == evaluator and r.readout):
+            value, validation = _mean(rows, evaluator, name, split), _mean(rows, evaluator, name, "validation")
             if value is not None:
-                readouts[readout] = value
-                choice.append((validation if validation is not None else -1.0, readout))
+                readouts[name] = value
+                choice.append((validation if validation is not None else -1.0, name))
     # equal validation values: the readout named first, gap, wins
     readout = max(choice, key=lambda pair: pair[0])[1] if choice else None
     tuned = [r for r in rows if r.evaluator == FINE_TUNE and r.metric == "top1" and r.split == split]

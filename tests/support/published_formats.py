@@ -131,7 +131,7 @@ def write_image_folder(
         if not count:
             continue
         labels = np.arange(count) % len(classes)
-        images = (rng.integers(0, 96, (count, height, width, 1 if grey else 3)) + 60 * labels[:, None, None, None])
+        images = rng.integers(0, 96, (count, height, width, 1 if grey else 3)) + 60 * labels[:, None, None, None]
         images = images.astype(np.uint8)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             folder = root / split if split == "unlabeled" else root / split / classes[label]

@@ -1,0 +1,388 @@
+"""Mirror run journals into MLflow from a process of its own: training neither waits for MLflow nor slows down for it.
+
+Training writes to its journal (harness.journal) and to nothing else. `Tracking`, the runner's side, starts
+`python -m harness.mirror` with the first journal it opens and tells it the paths; that process reads the journals by
+offset and delivers them (harness.delivery). It is a process and not a thread because importing MLflow (3 CPU s) and
+making its first store (2.5 CPU s) hold Python's interpreter lock: beside a thread, steps of 70 ms took 150 ms for the
+first 8 s. A store that is away, frozen or emptied is met by trying again, now or with `harness sync`.
+
+stdin of the process: JSON lines, {"uri": ...} first, then {"open": [path, ...]} and, with "flush": n, the wish to hear
+when nothing is owed any more; its end means that the parent is gone. stdout: a file that holds the latest status, one
+checksummed line (journal.encode). stderr: .harness/mirror.log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from harness import journal as journals
+from harness.delivery import Delivery, Owed, end_dead, is_alive, journals_of, write_whole
+from harness.journal import Journal
+from harness.tracking import Store, resolve_uri
+
+ORPHAN_SECONDS = 30.0  # how long the process goes on delivering when its parent is gone
+IDLE_SECONDS = 20.0  # how long it waits, with nothing left to do, for the next command of the same parent
+_LOG_BYTES = 1 << 20  # a longer log is begun anew
+
+
+# ---------------------------------------------------------------------------------------------- the runner's side
+
+
+class Tracking:
+    """The tracking of one command: journals for the runner, and the process that mirrors them.
+
+    workspace: the folder that holds results/, .harness/ and mlflow.db
+    uri: None for the workspace's own store, "none" for journals only, else an address (see tracking.resolve_uri)
+    Raises HarnessError for an address that is no tracking store; writes nothing before `open`.
+    """
+
+    def __init__(self, workspace: Path, uri: str | None = None) -> None:
+        self.workspace = workspace.resolve()
+        resolved = resolve_uri(self.workspace, uri)
+        self._delivery = Delivery(Store(self.workspace, resolved)) if resolved else None  # counts, never delivers
+        self._paths: list[Path] = []
+        self._started = False
+        self._process: _Process | None = None
+        self._refused_before = 0
+        self._reason = ""
+
+    def start(self) -> None:
+        """Mirror from now on. The process starts with the first journal: a command that opens none needs none."""
+        self._started = True
+        if self._paths:
+            self._tell(self._paths)
+
+    def open(
+        self,
+        pretrain_id: str,
+        *,
+        name: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        datasets: Iterable[Mapping[str, str]] = (),
+        parent: str | None = None,
+    ) -> Journal:
+        """Open an attempt of a run and return its journal. Hold the run's flock (journal.lock_path) before.
+
+        name: `<method>-<dataset>-s<seed>`; params: dotted keys as in the configuration; tags: MLflow shows them as
+        `harness.<key>`; config, environment: kept as the artifacts config.json and environment.json
+        datasets: {"name", "digest" (sha256), "context" ("pretrain", "train", ...)} each; parent: another pretrain_id
+        """
+        journal = Journal(journals.journal_path(self.workspace, pretrain_id))
+        if journal.path not in self._paths:
+            self._paths.append(journal.path)
+        if self._started:
+            self._tell([journal.path])  # before the file is there: the mirror must not take it for a dead run's
+        journal.begin(name, params, tags, datasets, parent)
+        folder = self.workspace / ".harness" / "artifacts" / pretrain_id
+        for file, content in (("config.json", config), ("environment.json", environment)):
+            write_whole(folder / file, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+            journal.artifact(file, folder / file)
+        return journal
+
+    def close(self, timeout: float = 30.0) -> Owed:
+        """Flush for at most `timeout` seconds and return what is still owed. Never raises for a store that is away.
+
+        A mirror that has not finished by then is ended: what it did not deliver stays in the journals.
+        """
+        if self._delivery is None:
+            return Owed()
+        if self._process is not None:
+            self._flush(self._process, timeout)
+        counts = self._delivery.all_owed(self._paths)
+        refused = self._process.status["refused"][self._refused_before :] if self._process else ()
+        return Owed(counts, self._reason if counts else "", tuple(refused))
+
+    def _tell(self, paths: list[Path]) -> None:
+        """Make sure that a mirror process lives and knows these journals; one that died is replaced."""
+        if self._delivery is None:
+            return
+        uri = self._delivery.store.uri
+        key = (os.getpid(), self.workspace, uri)
+        process = _processes.get(key)
+        if process is None or process.exit_code is not None:
+            try:
+                process = _processes[key] = _Process(self.workspace, uri)
+            except OSError as error:  # no memory, no more processes: training goes on without a mirror
+                self._reason = f"the mirror process could not be started: {error.strerror}"
+                return
+        if process is not self._process:
+            self._process, self._refused_before = process, len(process.status["refused"])
+            paths = self._paths
+        process.tell({"open": [str(path) for path in paths]})
+
+    def _flush(self, process: _Process, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        done = process.flush(self._paths, deadline)
+        if not done and process.exit_code == 0:  # it left for want of work in the moment our journal came
+            self._tell(self._paths)
+            process = self._process or process
+            done = process.flush(self._paths, deadline)
+        if not done:
+            self._reason = process.complaint or f"MLflow took longer than {timeout:g} s"
+            process.stop()
+
+
+class _Process:
+    """The mirror process as its parent sees it. Only `flush` and `stop` wait, and both for a bounded time.
+
+    Raises OSError where no process can be started.
+    """
+
+    def __init__(self, workspace: Path, uri: str) -> None:
+        folder = workspace / ".harness"
+        folder.mkdir(parents=True, exist_ok=True)
+        log_path = folder / "mirror.log"
+        mode = "ab" if log_path.exists() and log_path.stat().st_size < _LOG_BYTES else "wb"
+        # The same code as here: "" is the current folder; names that are no paths are put there by installers' hooks.
+        search = [place for entry in sys.path if os.path.exists(place := os.path.abspath(entry))]
+        settings = {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._status = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+        with log_path.open(mode) as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "harness.mirror", str(workspace)], env=os.environ | settings,
+                stdin=subprocess.PIPE, stdout=self._status, stderr=log,
+                start_new_session=True,  # Ctrl-C in the terminal is for training; the mirror is to flush after it
+            )  # fmt: skip
+        assert self._child.stdin is not None
+        self._stdin = self._child.stdin.fileno()
+        os.set_blocking(self._stdin, False)
+        self._unsent = b""
+        self._flushes = 0
+        self.tell({"uri": uri})  # not as an argument or a variable: other users of the machine may read those
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it lives; negative where a signal ended it."""
+        return self._child.poll()
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What it last said: flushed (number of the last flush it finished), reason, refused (lines)."""
+        descriptor = self._status.fileno()
+        line = os.pread(descriptor, os.fstat(descriptor).st_size, 0).partition(b"\n")[0]
+        return journals.decode(line) or {"flushed": 0, "reason": "", "refused": []}
+
+    @property
+    def complaint(self) -> str:
+        """Why something is still owed, as far as it is known."""
+        code = self.exit_code
+        if code is None:
+            return str(self.status["reason"])
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+        return f"the mirror process {how}; its log is .harness/mirror.log"
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send one message; what the pipe does not take now is sent with the next one."""
+        self._unsent += json.dumps(message).encode() + b"\n"
+        self._send()
+
+    def _send(self) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._stdin, self._unsent) :]
+
+    def flush(self, paths: Iterable[Path], deadline: float) -> bool:
+        """Wait until nothing of these journals is owed; False when it is `deadline` (of time.monotonic) or it died."""
+        self._flushes += 1
+        self.tell({"open": [str(path) for path in paths], "flush": self._flushes})
+        while True:
+            ended = self.exit_code is not None  # asked before the status, which may be its last word
+            if self.status["flushed"] >= self._flushes:
+                return True
+            if ended or time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+            self._send()
+
+    def stop(self) -> None:
+        """End it: politely, so that it removes a store half made, and after half a second by force."""
+        for signum, patience in ((signal.SIGINT, 0.5), (signal.SIGKILL, 5.0)):
+            self._child.send_signal(signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(patience)
+                return
+
+
+# One per parent, workspace and store: the trials of a search, each a command of its own, share one import of MLflow.
+_processes: dict[tuple[int, Path, str], _Process] = {}
+
+
+# --------------------------------------------------------------------------------------------- the process itself
+
+
+class _Mirror:
+    """Deliver the journals of a parent until it is gone, or has no more work for it."""
+
+    def __init__(self, workspace: Path, log: TextIO, requests: int = 0, status: int = 1) -> None:
+        self.workspace = workspace.resolve()
+        self._log, self._requests, self._status = log, requests, status
+        self._delivery: Delivery | None = None
+        self._parent = os.getppid()
+        self._unread = b""
+        self._paths: list[Path] = []
+        self._debts: list[Path] | None = None
+        self._asked = self._flushed = 0
+        self._reason = self._said = ""
+        self._deadline: float | None = None  # set when the parent is gone
+        self._standing = _Standing()
+        self._standing.take(modest=True)
+
+    def run(self) -> None:
+        """Deliver in passes, half a second apart, or up to five while the store is away."""
+        pause, idle_since = 0.0, time.monotonic()
+        while True:
+            self._listen(pause)
+            asked = self._asked  # heard before the pass: what is written later may not be in it
+            done = self._delivery is not None and self._deliver(self._delivery)
+            if done and asked > self._flushed:
+                self._flushed, self._paths = asked, []
+            self._say()
+            now = time.monotonic()
+            if self._deadline is not None and (done or self._delivery is None or now > self._deadline):
+                return
+            if self._paths or self._debts or self._flushed < self._asked:
+                idle_since = now
+            elif now - idle_since > IDLE_SECONDS:
+                return
+            pause = self._pause(pause)
+
+    def _pause(self, last: float) -> float:
+        if self._debts and not self._reason:
+            return 0.0
+        longest = 1.0 if self._asked > self._flushed or self._deadline is not None else 5.0
+        return min(max(2 * last, 0.5), longest) if self._reason else 0.5
+
+    def _listen(self, seconds: float) -> None:
+        """Take in what the parent wrote; wait for it at most `seconds`."""
+        if os.getppid() != self._parent:  # a fork of the parent's may keep our pipe open beyond its death
+            self._orphaned()
+        if self._deadline is not None:
+            time.sleep(seconds)
+            return
+        while select.select([self._requests], [], [], seconds)[0]:
+            if not (data := os.read(self._requests, 1 << 16)):
+                self._orphaned()
+                return
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            for line in lines:
+                self._hear(json.loads(line))
+            seconds = 0.0
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        if "uri" in message:
+            store = Store(self.workspace, message["uri"])
+            self._delivery, sys.stderr = Delivery(store), _Scrubbed(self._log, store)
+        self._paths += [path for name in message.get("open", ()) if (path := Path(name)) not in self._paths]
+        self._asked = max(self._asked, message.get("flush", 0))
+        self._standing.take(modest="flush" not in message)
+
+    def _orphaned(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + ORPHAN_SECONDS
+            signal.alarm(int(ORPHAN_SECONDS) + 5)  # a call that hangs may not keep an orphan alive
+            self._standing.take(modest=False)
+
+    def _deliver(self, delivery: Delivery) -> bool:
+        """One pass: the parent's journals, and one of those that earlier commands left. True: nothing is owed now."""
+        try:
+            if self._debts is None:
+                self._debts = self._old_debts(delivery)
+            busy = [path for path in self._paths if delivery.pending(path) and not delivery.deliver(path)]
+            self._reason = "another process is delivering them" if busy else ""
+            if self._debts:
+                delivery.deliver(self._debts[0])  # False: another process is at it, and has taken the debt over
+                del self._debts[0]
+            return not busy and not self._debts
+        except Exception as error:  # whatever MLflow, SQLAlchemy or the network raise: try again
+            self._reason = delivery.store.scrub(error)
+            return False
+
+    def _old_debts(self, delivery: Delivery) -> list[Path]:
+        """Journals that earlier commands of this workspace left undelivered, the dead among them closed first."""
+        found = journals_of(self.workspace)
+        self._listen(0.0)  # after looking: the parent names a journal before it makes the file
+        others = [path for path in found if path not in self._paths and not is_alive(self.workspace, path)]
+        end_dead(self.workspace, others)
+        return [path for path in others if delivery.pending(path)]
+
+    def _say(self) -> None:
+        refused = self._delivery.refused if self._delivery else []
+        status = {"flushed": self._flushed, "reason": self._reason, "refused": refused}
+        if (said := json.dumps(status)) != self._said:
+            os.pwrite(self._status, journals.encode(status), 0)  # what is left behind the line is never read
+            self._said = said
+
+
+class _Scrubbed(io.TextIOBase):
+    """The log without the password of the store: libraries print addresses in their warnings and tracebacks."""
+
+    def __init__(self, file: TextIO, store: Store) -> None:
+        self._file, self._store = file, store
+
+    def write(self, text: str) -> int:
+        self._file.write(self._store.without_secrets(text))
+        self._file.flush()
+        return len(text)
+
+
+class _Standing:
+    """How much of the processor the process claims: little beside training, its full share once training waits for it.
+
+    Linux shares the processor out between sessions first and heeds `nice` inside one only (autogroups), so that in a
+    session of its own `nice` alone changes nothing: against training on the same core the mirror took 50% with
+    nice 10, and 10% with the autogroup's. The autogroup's may be taken back without privileges, the other may not.
+    """
+
+    def __init__(self) -> None:
+        self._usual = os.nice(0)
+        self._modest: bool | None = None
+
+    def take(self, modest: bool) -> None:
+        """Stand back (modest), or claim a full share again."""
+        if modest == self._modest:
+            return
+        self._modest = modest
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, min(self._usual + 10, 19) if modest else self._usual)
+        autogroup = Path("/proc/self/autogroup")
+        for _ in range(4 if autogroup.exists() else 0):
+            with contextlib.suppress(OSError):  # the kernel takes one change in 0.1 s
+                autogroup.write_text("10" if modest else "0")
+                return
+            time.sleep(0.11)
+
+
+def main() -> None:
+    """`python -m harness.mirror WORKSPACE`: serve the parent at the other end of stdin (see the module)."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all at once at shutdown: the parent says when to end
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    code = 0
+    try:
+        _Mirror(Path(sys.argv[1]), sys.stderr).run()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)  # MLflow's threads must not hold it up
+
+
+if __name__ == "__main__":
+    main()
