@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
 import harness
@@ -31,6 +30,10 @@ data_app = typer.Typer(
     no_args_is_help=True, help="Fetch, verify or describe a data set's files.", rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
+
+
+# click's base of all usage errors, wherever this version of typer keeps it
+_UsageMistake: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class Terminated(BaseException):
@@ -479,14 +482,14 @@ def main() -> None:
     code = 0
     try:
         code = app(standalone_mode=False) or 0
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except click.ClickException as error:
+    except typer.Exit as error:
+        code = _stopped("interrupted", 130) if error.exit_code == 130 else error.exit_code  # typer's Ctrl-C
+    except _UsageMistake as error:
         hint = ""
-        if isinstance(error, click.exceptions.NoSuchOption) and error.possibilities:
-            hint = f"; did you mean {', '.join(sorted(error.possibilities))}?"
+        if (near := getattr(error, "possibilities", None)) and "did you mean" not in error.format_message().lower():
+            hint = f"; did you mean {', '.join(sorted(near))}?"
         code = _mistake(error.format_message().strip().replace("\n", " ") + hint)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = _stopped("interrupted", 130)
     except Terminated:
         code = _stopped("terminated", 143)

@@ -16,7 +16,7 @@ TIERS: list[set[str]] = [
     {"cli"},
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"runner"},
-    {"run_figures", "mirror", "delivery", "tracking", "runs"},
+    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
     {"arms"},
     {"evaluation", "provenance", "records"},
     {"pretrain", "config", "budgets", "journal", "figures"},

@@ -50,11 +50,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def no_mirror_outlives_the_module() -> Iterator[None]:
     yield
-    end_mirrors()
-
-
-def end_mirrors() -> None:
-    """End every mirror process, as the end of a command would; the next journal starts a new one."""
     for process in mirror._processes.values():
         process.stop()
 
@@ -66,7 +61,7 @@ def process_of(tracker: mirror.Tracking) -> mirror._Process:
 
 def hurry(process: mirror._Process) -> None:
     """Let it claim its full share of a busy machine, as it does while its parent waits for it."""
-    process.flush([], deadline=0.0)
+    process._send(modest=False)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 40) -> None:
@@ -238,28 +233,27 @@ def test_dead_runs_are_closed_and_living_ones_left(workspace: Path) -> None:
     assert delivery.reap_dead(workspace) == ["living"]
 
 
-def test_the_next_command_pays_the_debts_of_a_killed_one(workspace: Path) -> None:
-    train(run(mirror.Tracking(workspace), "indebted"))  # never mirrored, never ended
-    end_mirrors()
-    tracker = mirror.Tracking(workspace)
-    tracker.start()
-    run(tracker, "next").end("FINISHED")
-    assert not tracker.close()
-    assert_whole(workspace, None, "indebted", status="KILLED")
-    assert len(runs_in(workspace, None, "next")) == 1
-
-
 def test_a_removed_store_is_rebuilt_from_journals_and_rows(workspace: Path) -> None:
     journal = run(mirror.Tracking(workspace), "rebuilt")
     train(journal)
     journal.end("FINISHED")
     assert not delivery.sync(workspace).owed
+    tracker = mirror.Tracking(workspace)
+    tracker.start()
+    living = run(tracker, "living on")
+    train(living, 10)
+    hurry(process_of(tracker))
+    wait_until(lambda: list(journals.journals_folder(workspace).glob("living on.*.cursor.json")))
     folder = workspace / "results" / "runs" / "rowsonly"
     folder.mkdir(parents=True)
     (folder / "e1.json").write_text(json.dumps({"rows": [row(), row(readout="spatial", value=0.875)], "sha256": ""}))
     (workspace / "mlflow.db").unlink()
     report = delivery.sync(workspace)
     assert not report.owed and report.delivered > len(journal.records())
+    train(living, 30)  # its mirror holds connections into the removed file
+    living.end("FINISHED")
+    assert not tracker.close()
+    assert_whole(workspace, None, "living on", status="FINISHED")
     for _ in range(2):
         assert_whole(workspace, None, "rebuilt")
         found = assert_whole(workspace, None, "rowsonly", steps=0)
@@ -290,7 +284,7 @@ def test_a_command_that_opens_no_run_starts_no_process(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- the process
 
 
-def test_a_killed_mirror_loses_nothing(workspace: Path) -> None:
+def test_a_killed_mirror_loses_nothing_and_the_next_command_pays_all_debts(workspace: Path) -> None:
     tracker = mirror.Tracking(workspace)
     tracker.start()
     journal = run(tracker, "killed")
@@ -304,11 +298,13 @@ def test_a_killed_mirror_loses_nothing(workspace: Path) -> None:
     assert 0 < owed.runs["killed"] < len(journal.records()) and "signal 9" in owed.reason
     assert time.monotonic() - started < 5  # nobody waits for the dead
 
+    train(run(mirror.Tracking(workspace), "indebted"))  # by a command that died before it mirrored or ended anything
     tracker = mirror.Tracking(workspace)
     tracker.start()
     run(tracker, "after").end("FINISHED")
     assert not tracker.close()
     assert_whole(workspace, None, "killed", 3000)
+    assert_whole(workspace, None, "indebted", status="KILLED")
 
 
 def test_the_next_journal_replaces_a_killed_mirror(workspace: Path) -> None:
@@ -511,19 +507,23 @@ def test_a_store_that_is_away_delays_nothing_and_gets_everything_once(
     gate.state = fault
     uri = f"http://127.0.0.1:{port}"
     tracker = mirror.Tracking(tmp_path, uri)
-    tracker.start()
+    if fault != "frozen at create":
+        tracker.start()
     pretrain_id = fault.replace(" ", "-")
     journal = run(tracker, pretrain_id)
     train(journal)
     journal.end("FINISHED")
     # All of it was written while the server was away: nothing in the run waits for an answer.
     assert sum(gate.calls.values()) == 0 and len(journal.records()) > 30
-    process = process_of(tracker)
-    hurry(process)
-    wait_until(lambda: process.status["reason"])
-    started = time.monotonic()
-    owed = tracker.close(timeout=1.0)
-    assert time.monotonic() - started < 3 and process.exit_code is not None
+    if fault == "frozen at create":
+        owed = delivery.sync(tmp_path, uri).owed
+    else:
+        process = process_of(tracker)
+        hurry(process)
+        wait_until(lambda: process.status["reason"])
+        started = time.monotonic()
+        owed = tracker.close(timeout=1.0)
+        assert time.monotonic() - started < 3 and process.exit_code is not None
     assert owed.runs == {pretrain_id: len(journal.records())} and owed.reason.startswith("API request")
     assert fault == "refused" or gate.calls[fault] > 0
 
