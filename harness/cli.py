@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -476,14 +478,41 @@ def _terminated(signum: int, frame: object) -> NoReturn:
     raise Terminated
 
 
+LAST_RESORT_SECONDS = 8.0  # after a signal, when the main thread is inside a long call into C
+
+
+def _watch_signals() -> None:
+    """End the process some seconds after SIGTERM or Ctrl-C even if no Python code gets to run in the main thread.
+
+    Signal handlers run between two bytecodes of the main thread; a kernel machine's solver may not return to one for a
+    minute. The open journals are ended first, so that no run stays RUNNING.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
+        while (number := os.read(reader, 1)[0]) not in codes:
+            pass
+        time.sleep(LAST_RESORT_SECONDS)
+        runner = sys.modules.get("harness.runner")
+        for journal in list(runner.open_journals) if runner else []:
+            journal.end("INTERRUPTED")
+        os._exit(_stopped("ended from outside a long call", codes[signal.Signals(number)]))
+
+    threading.Thread(target=watch, name="signal-watch", daemon=True).start()
+
+
 def main() -> None:
     """Entry point: 0 done, 1 an arm failed, 2 a mistake of the caller's, 130 Ctrl-C, 143 SIGTERM."""
     signal.signal(signal.SIGTERM, _terminated)
+    _watch_signals()
     code = 0
     try:
         code = app(standalone_mode=False) or 0
-    except typer.Exit as error:
-        code = _stopped("interrupted", 130) if error.exit_code == 130 else error.exit_code  # typer's Ctrl-C
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except _UsageMistake as error:
         hint = ""
         if (near := getattr(error, "possibilities", None)) and "did you mean" not in error.format_message().lower():

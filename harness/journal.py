@@ -259,10 +259,10 @@ class Journal:
         inside = path.resolve().relative_to(self.workspace)
         self.append("artifact", name=name, path=inside.as_posix())
 
-    def steps(self, phase: str, executed: int) -> None:
-        """Count optimisation steps this process ran since it last said so."""
+    def steps(self, phase: str, executed: int, step: int | None = None) -> None:
+        """Count optimisation steps this process ran since it last said so; `step` is where it stands now."""
         if executed:
-            self.append("steps", phase=phase, executed=int(executed))
+            self.append("steps", phase=phase, executed=int(executed), step=step)
 
     def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Record finished rows (field names of contracts.Row) as points."""

@@ -45,6 +45,9 @@ Module = TypeVar("Module", bound=nn.Module)
 PREPARE_BATCH = 256  # of passes over the data outside training; fixed, because batch-norm statistics depend on it
 
 
+open_journals: list[Any] = []  # of this process: what a process that must end at once can still close
+
+
 class Reporter(Protocol):
     """What a run tells whoever watches: the CLI draws it, the Python API is silent."""
 
@@ -62,9 +65,7 @@ class Silent:
     def arm_started(self, arm: Arm, number: int, total: int) -> None:
         return
 
-    def training(
-        self, label: str, step: int, steps: int, means: Mapping[str, float], images_per_second: float
-    ) -> None:
+    def training(self, label: str, step: int, steps: int, means: Mapping[str, float], images_per_second: float) -> None:
         return
 
     def evaluating(self, arm: Arm, cell: Cell) -> None:
@@ -241,7 +242,7 @@ class _ArmRun:
             rate = executed * batch_size / max(now - last["time"], 1e-9)
             last["time"] = now
             self.outcome.steps_executed += executed
-            self.journal.steps(phase, executed)
+            self.journal.steps(phase, executed, step)
             self.journal.metrics(step, {f"{phase}.{name}": value for name, value in means.items()})
             self.reporter.training(f"{self.arm.method} {phase}", step, steps, means, rate)
 
@@ -366,6 +367,7 @@ class _ArmRun:
             parent=None if arm is self.plan.arms[0] else self.plan.arms[0].pretrain_id,
         )  # fmt: skip
         status = "INTERRUPTED"
+        open_journals.append(self.journal)
         try:
             yield
             status = "FAILED" if any(p.startswith(f"{arm.method}:") for p in self.outcome.problems) else "FINISHED"
@@ -373,6 +375,7 @@ class _ArmRun:
             status = "FAILED"
             raise
         finally:
+            open_journals.remove(self.journal)
             self.journal.end(status)
 
     @contextlib.contextmanager

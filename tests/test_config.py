@@ -13,7 +13,14 @@ from harness.contracts import HarnessError
 
 
 def resolved(layers: Layers, method: str = "sc", of: str | None = "sc") -> config.RunConfig:
-    return resolve(method, "digits", layers, default_encoder="convnet_small", method_settings_of=of, evaluators=["knn", "fine_tune"])
+    return resolve(
+        method,
+        "digits",
+        layers,
+        default_encoder="convnet_small",
+        method_settings_of=of,
+        evaluators=["knn", "fine_tune"],
+    )
 
 
 def test_precedence_shared_method_recipes_flags_overrides() -> None:

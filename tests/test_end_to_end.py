@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -274,6 +275,33 @@ def test_a_signal_ends_the_run_cleanly_and_it_continues(signum: int, code: int, 
     assert "RUNNING" not in out and "KILLED" in out
 
 
+def test_a_signal_during_a_long_call_into_c_still_ends_the_process(tmp_path: Path) -> None:
+    """The main thread never returns to Python (a blocked read); the watching thread ends it and closes the journal."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from harness import cli, runner, journal\n"
+        "cli.LAST_RESORT_SECONDS = 1.0\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"  # the handler never gets to interrupt anything
+        "cli._watch_signals()\n"
+        "j = journal.Journal(journal.journal_path(Path.cwd(), 'abc')); j.begin('n', {}, {}); runner.open_journals.append(j)\n"
+        "print('ready', flush=True)\n"
+        "while True: os.read(0, 1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    assert process.returncode == 143
+    last = json.loads((tmp_path / ".harness" / "journals" / "abc.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["status"]) == ("end", "INTERRUPTED")
+
+
 KILLED = ("run", "--method", "sc", "--dataset", "digits", "--epochs", "30", "--labels", "10pc", "--eval", "linear_probe,knn,fine_tune",
           "--set", "num_threads=1", "--set", "eval.fine_tune.min_steps=60", "--tracking", "none", "--checkpoint-seconds", "0.5")  # fmt: skip
 
@@ -294,6 +322,26 @@ def kill_until_done(command: tuple[str, ...], workspace: Path, kills: int, longe
     return struck
 
 
+def assert_little_was_repeated(workspace: Path, interval_seconds: float) -> None:
+    """After each kill a training went on from a point at most one checkpoint interval (and one log interval) back."""
+    checked = 0
+    for path in (workspace / ".harness" / "journals").glob("*.jsonl"):
+        phases: dict[str, list[dict[str, Any]]] = {}
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "steps":
+                phases.setdefault(record["phase"], []).append(record)
+        for records in phases.values():
+            for before, after in itertools.pairwise(records):
+                resumed_at = after["step"] - after["executed"]
+                if resumed_at < before["step"]:  # a kill lies between the two
+                    repeated = [r for r in records[: records.index(before) + 1] if r["step"] > resumed_at]
+                    seconds = (repeated[-1]["time"] - repeated[0]["time"]) / 1000
+                    assert seconds <= interval_seconds + 1.0, (path.name, before, after)
+                    checked += 1
+    assert checked > 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_twenty_kills_leave_the_numbers_of_an_undisturbed_run(tmp_path: Path) -> None:
@@ -307,6 +355,7 @@ def test_twenty_kills_leave_the_numbers_of_an_undisturbed_run(tmp_path: Path) ->
     assert struck >= 10
     rows = json.loads(harness(*KILLED, "--json", cwd=stormy))["rows"]
     assert essence(rows) == essence(expected)
+    assert_little_was_repeated(stormy, interval_seconds=0.5)
     files = sorted(p.relative_to(stormy) for p in (stormy / "results" / "runs").rglob("*.json"))
     assert files == sorted(p.relative_to(calm) for p in (calm / "results" / "runs").rglob("*.json"))
     assert not list((stormy / "results").rglob("*.tmp"))

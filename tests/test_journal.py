@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_clear_line_and_costs_one_record(tmp_path: Path) -> N
 CHILD = """
 import sys
 from pathlib import Path
-import harness.report.figures
+import harness.figures
 from harness import journal as journals, tracking
 assert not {"mlflow", "matplotlib"} & set(sys.modules), "these are imported by the first use, not before"
 workspace = Path(sys.argv[1])
