@@ -61,7 +61,7 @@ class Delivery:
         self.store = store
         self.delivered = 0
         self.refused: list[str] = []
-        self._verified: set[str] = set()
+        self._verified: set[tuple[int, str]] = set()
 
     def _side_file(self, path: Path, ending: str) -> Path:
         return path.with_name(f"{path.stem}.{self.store.key}.{ending}")
@@ -98,11 +98,12 @@ class Delivery:
                 return True
             self.store.connect()
             run_id, offset = self._cursor(path)
-            if run_id is not None and run_id not in self._verified and not self.store.run_exists(run_id):
+            known = (self.store.generation, run_id or "") in self._verified
+            if run_id is not None and not known and not self.store.run_exists(run_id):
                 run_id = None
             if run_id is None:
                 run_id, offset = self.store.run_of(start, path.stem), 0
-            self._verified.add(run_id)
+            self._verified.add((self.store.generation, run_id))
             while chunk := list(journals.read(path, offset, limit=_CHUNK)):
                 records = [record for record, _ in chunk]
                 self.refused += self.store.send(run_id, records)

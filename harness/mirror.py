@@ -3,21 +3,16 @@
 Training writes to its journal (harness.journal) and to nothing else. `Tracking`, the runner's side, starts
 `python -m harness.mirror` with the first journal it opens and tells it the paths; that process reads the journals by
 offset and delivers them (harness.delivery). It is a process and not a thread because importing MLflow (3 CPU s) and
-making its first store (2.5 CPU s) hold Python's interpreter lock: beside a thread, steps of 70 ms took 150 ms for the
-first 8 s. A store that is away, frozen or emptied is met by trying again, now or with `harness sync`.
-
-stdin of the process: JSON lines, {"uri": ...} first, then {"open": [path, ...]} and, with "flush": n, the wish to hear
-when nothing is owed any more; its end means that the parent is gone. stdout: a file that holds the latest status, one
-checksummed line (journal.encode). stderr: .harness/mirror.log.
+making its first store (2.5 CPU s) hold Python's interpreter lock: beside a thread, of steps of 15 ms one in ten took
+over 46 ms in the first 10 s, the worst 350 ms; beside a process 20 and 30 ms (2 busy cores, benchmarks/tracking.py). A
+store that is away, frozen or emptied is met by trying again, now or with `harness sync`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -26,15 +21,14 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from harness import journal as journals
-from harness.delivery import Delivery, Owed, end_dead, is_alive, journals_of, write_whole
+from harness.delivery import Delivery, Owed, write_whole
 from harness.journal import Journal
+from harness.mirror_loop import Mirror, set_autogroup
 from harness.tracking import Store, resolve_uri
 
-ORPHAN_SECONDS = 30.0  # how long the process goes on delivering when its parent is gone
-IDLE_SECONDS = 20.0  # how long it waits, with nothing left to do, for the next command of the same parent
 _LOG_BYTES = 1 << 20  # a longer log is begun anew
 
 
@@ -164,6 +158,8 @@ class _Process:
         os.set_blocking(self._stdin, False)
         self._unsent = b""
         self._flushes = 0
+        self._usual_nice = os.nice(0)
+        self._modest: bool | None = None
         self.tell({"uri": uri})  # not as an argument or a variable: other users of the machine may read those
 
     @property
@@ -190,12 +186,26 @@ class _Process:
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send one message; what the pipe does not take now is sent with the next one."""
         self._unsent += json.dumps(message).encode() + b"\n"
-        self._send()
+        self._send(modest="flush" not in message)
 
-    def _send(self) -> None:
+    def _send(self, modest: bool) -> None:
+        self._stand_back(modest)
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             while self._unsent:
                 self._unsent = self._unsent[os.write(self._stdin, self._unsent) :]
+
+    def _stand_back(self, modest: bool) -> None:
+        """Leave it little of the processor while we train (modest), its full share while we wait for it.
+
+        The parent does this, because the process may be in the middle of an import. Without privileges a process gets
+        the nice value of its start back nowhere, but that of its autogroup everywhere.
+        """
+        if modest != self._modest and self.exit_code is None:
+            nice = min(self._usual_nice + 10, 19) if modest else self._usual_nice
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._child.pid, nice)
+            if set_autogroup(self._child.pid, 10 if modest else 0):
+                self._modest = modest
 
     def flush(self, paths: Iterable[Path], deadline: float) -> bool:
         """Wait until nothing of these journals is owed; False when it is `deadline` (of time.monotonic) or it died."""
@@ -208,7 +218,7 @@ class _Process:
             if ended or time.monotonic() >= deadline:
                 return False
             time.sleep(0.02)
-            self._send()
+            self._send(modest=False)
 
     def stop(self) -> None:
         """End it: politely, so that it removes a store half made, and after half a second by force."""
@@ -226,148 +236,6 @@ _processes: dict[tuple[int, Path, str], _Process] = {}
 # --------------------------------------------------------------------------------------------- the process itself
 
 
-class _Mirror:
-    """Deliver the journals of a parent until it is gone, or has no more work for it."""
-
-    def __init__(self, workspace: Path, log: TextIO, requests: int = 0, status: int = 1) -> None:
-        self.workspace = workspace.resolve()
-        self._log, self._requests, self._status = log, requests, status
-        self._delivery: Delivery | None = None
-        self._parent = os.getppid()
-        self._unread = b""
-        self._paths: list[Path] = []
-        self._debts: list[Path] | None = None
-        self._asked = self._flushed = 0
-        self._reason = self._said = ""
-        self._deadline: float | None = None  # set when the parent is gone
-        self._standing = _Standing()
-        self._standing.take(modest=True)
-
-    def run(self) -> None:
-        """Deliver in passes, half a second apart, or up to five while the store is away."""
-        pause, idle_since = 0.0, time.monotonic()
-        while True:
-            self._listen(pause)
-            asked = self._asked  # heard before the pass: what is written later may not be in it
-            done = self._delivery is not None and self._deliver(self._delivery)
-            if done and asked > self._flushed:
-                self._flushed, self._paths = asked, []
-            self._say()
-            now = time.monotonic()
-            if self._deadline is not None and (done or self._delivery is None or now > self._deadline):
-                return
-            if self._paths or self._debts or self._flushed < self._asked:
-                idle_since = now
-            elif now - idle_since > IDLE_SECONDS:
-                return
-            pause = self._pause(pause)
-
-    def _pause(self, last: float) -> float:
-        if self._debts and not self._reason:
-            return 0.0
-        longest = 1.0 if self._asked > self._flushed or self._deadline is not None else 5.0
-        return min(max(2 * last, 0.5), longest) if self._reason else 0.5
-
-    def _listen(self, seconds: float) -> None:
-        """Take in what the parent wrote; wait for it at most `seconds`."""
-        if os.getppid() != self._parent:  # a fork of the parent's may keep our pipe open beyond its death
-            self._orphaned()
-        if self._deadline is not None:
-            time.sleep(seconds)
-            return
-        while select.select([self._requests], [], [], seconds)[0]:
-            if not (data := os.read(self._requests, 1 << 16)):
-                self._orphaned()
-                return
-            *lines, self._unread = (self._unread + data).split(b"\n")
-            for line in lines:
-                self._hear(json.loads(line))
-            seconds = 0.0
-
-    def _hear(self, message: Mapping[str, Any]) -> None:
-        if "uri" in message:
-            store = Store(self.workspace, message["uri"])
-            self._delivery, sys.stderr = Delivery(store), _Scrubbed(self._log, store)
-        self._paths += [path for name in message.get("open", ()) if (path := Path(name)) not in self._paths]
-        self._asked = max(self._asked, message.get("flush", 0))
-        self._standing.take(modest="flush" not in message)
-
-    def _orphaned(self) -> None:
-        if self._deadline is None:
-            self._deadline = time.monotonic() + ORPHAN_SECONDS
-            signal.alarm(int(ORPHAN_SECONDS) + 5)  # a call that hangs may not keep an orphan alive
-            self._standing.take(modest=False)
-
-    def _deliver(self, delivery: Delivery) -> bool:
-        """One pass: the parent's journals, and one of those that earlier commands left. True: nothing is owed now."""
-        try:
-            if self._debts is None:
-                self._debts = self._old_debts(delivery)
-            busy = [path for path in self._paths if delivery.pending(path) and not delivery.deliver(path)]
-            self._reason = "another process is delivering them" if busy else ""
-            if self._debts:
-                delivery.deliver(self._debts[0])  # False: another process is at it, and has taken the debt over
-                del self._debts[0]
-            return not busy and not self._debts
-        except Exception as error:  # whatever MLflow, SQLAlchemy or the network raise: try again
-            self._reason = delivery.store.scrub(error)
-            return False
-
-    def _old_debts(self, delivery: Delivery) -> list[Path]:
-        """Journals that earlier commands of this workspace left undelivered, the dead among them closed first."""
-        found = journals_of(self.workspace)
-        self._listen(0.0)  # after looking: the parent names a journal before it makes the file
-        others = [path for path in found if path not in self._paths and not is_alive(self.workspace, path)]
-        end_dead(self.workspace, others)
-        return [path for path in others if delivery.pending(path)]
-
-    def _say(self) -> None:
-        refused = self._delivery.refused if self._delivery else []
-        status = {"flushed": self._flushed, "reason": self._reason, "refused": refused}
-        if (said := json.dumps(status)) != self._said:
-            os.pwrite(self._status, journals.encode(status), 0)  # what is left behind the line is never read
-            self._said = said
-
-
-class _Scrubbed(io.TextIOBase):
-    """The log without the password of the store: libraries print addresses in their warnings and tracebacks."""
-
-    def __init__(self, file: TextIO, store: Store) -> None:
-        self._file, self._store = file, store
-
-    def write(self, text: str) -> int:
-        self._file.write(self._store.without_secrets(text))
-        self._file.flush()
-        return len(text)
-
-
-class _Standing:
-    """How much of the processor the process claims: little beside training, its full share once training waits for it.
-
-    Linux shares the processor out between sessions first and heeds `nice` inside one only (autogroups), so that in a
-    session of its own `nice` alone changes nothing: against training on the same core the mirror took 50% with
-    nice 10, and 10% with the autogroup's. The autogroup's may be taken back without privileges, the other may not.
-    """
-
-    def __init__(self) -> None:
-        self._usual = os.nice(0)
-        self._modest: bool | None = None
-
-    def take(self, modest: bool) -> None:
-        """Stand back (modest), or claim a full share again."""
-        if modest == self._modest:
-            return
-        self._modest = modest
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, min(self._usual + 10, 19) if modest else self._usual)
-        autogroup = Path("/proc/self/autogroup")
-        for _ in range(4 if autogroup.exists() else 0):
-            with contextlib.suppress(OSError):  # the kernel takes one change in 0.1 s
-                autogroup.write_text("10" if modest else "0")
-                return
-            time.sleep(0.11)
-
-
 def main() -> None:
     """`python -m harness.mirror WORKSPACE`: serve the parent at the other end of stdin (see the module)."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all at once at shutdown: the parent says when to end
@@ -375,7 +243,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     code = 0
     try:
-        _Mirror(Path(sys.argv[1]), sys.stderr).run()
+        Mirror(Path(sys.argv[1]), sys.stderr).run()
     except KeyboardInterrupt:
         code = 130
     except Exception:

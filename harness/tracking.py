@@ -92,7 +92,9 @@ class Store:
         self.local = uri == default_uri(workspace)
         name = "workspace" if self.local else redact(uri)
         self.key = hashlib.sha256(name.encode()).hexdigest()[:12]
+        self.generation = 0  # counts connections: what was seen in one store says nothing about the next
         self._client: Any = None
+        self._file: tuple[int, int] | None = None
         self._experiment = ""
 
     def without_secrets(self, text: str) -> str:
@@ -114,7 +116,7 @@ class Store:
     def connect(self) -> Any:
         """The MLflow client; the first call imports mlflow and makes the store. Raises while the store is away."""
         fresh = self.emptied
-        if self._client is not None and not fresh:
+        if self._client is not None and not fresh and self._file == self._place():
             return self._client
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
@@ -125,11 +127,20 @@ class Store:
         if fresh:
             self._create_database()
         client = mlflow.tracking.MlflowClient(tracking_uri=self.uri)
-        if fresh:  # MLflow keeps its connections for the life of the process: they may lead into a removed file
+        if self.local:  # MLflow keeps its connections for the life of the process: they may lead into a removed file
             client._tracking_client.store.engine.dispose()
+        self._file = self._place()
         self._experiment = self._find_experiment(client)
         self._client = client
+        self.generation += 1
         return client
+
+    def _place(self) -> tuple[int, int] | None:
+        """Which file the workspace's own database is: `harness sync` may have put a new one there."""
+        if not self.local or self.emptied:
+            return None
+        found = os.stat(self.workspace / "mlflow.db")
+        return found.st_dev, found.st_ino
 
     def _create_database(self) -> None:
         """Run the migrations on a private file and move it into place whole.
