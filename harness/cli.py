@@ -533,7 +533,7 @@ def main() -> None:
         code = _mistake(str(error).replace("\n", " "))
     sys.stdout.flush()
     sys.stderr.flush()
-    # mirror threads and MLflow's own must not hold the process up: everything durable is on disk by now
+    # no library's exit handler or thread may hold the process up: everything durable is on disk by now
     os._exit(int(code))
 
 

@@ -89,15 +89,16 @@ class Tracking:
             journal.artifact(file, folder / file)
         return journal
 
-    def close(self, timeout: float = 30.0) -> Owed:
+    def close(self, timeout: float = 30.0, leave: bool = False) -> Owed:
         """Flush for at most `timeout` seconds and return what is still owed. Never raises for a store that is away.
 
-        A mirror that has not finished by then is ended: what it did not deliver stays in the journals.
+        A mirror that has not finished by then is ended: what it did not deliver stays in the journals. `leave` lets it
+        go on by itself for up to 30 s after this process is gone, so that an interrupted run is not left RUNNING.
         """
         if self._delivery is None:
             return Owed()
         if self._process is not None:
-            self._flush(self._process, timeout)
+            self._flush(self._process, timeout, leave)
         counts = self._delivery.all_owed(self._paths)
         refused = self._process.status["refused"][self._refused_before :] if self._process else ()
         return Owed(counts, self._reason if counts else "", tuple(refused))
@@ -120,7 +121,7 @@ class Tracking:
             paths = self._paths
         process.tell({"open": [str(path) for path in paths]})
 
-    def _flush(self, process: _Process, timeout: float) -> None:
+    def _flush(self, process: _Process, timeout: float, leave: bool) -> None:
         deadline = time.monotonic() + timeout
         done = process.flush(self._paths, deadline)
         if not done and process.exit_code == 0:  # it left for want of work in the moment our journal came
@@ -129,7 +130,8 @@ class Tracking:
             done = process.flush(self._paths, deadline)
         if not done:
             self._reason = process.complaint or f"MLflow took longer than {timeout:g} s"
-            process.stop()
+            if not leave:
+                process.stop()
 
 
 class _Process:

@@ -112,7 +112,7 @@ def execute(request: Request, reporter: Reporter | None = None, plan: Plan | Non
         clean = True
     finally:
         # after an interrupt there is little time: what is not delivered stays in the journal for `harness sync`
-        outcome.owed = tracker.close(30.0 if clean else 4.0)
+        outcome.owed = tracker.close(30.0) if clean else tracker.close(4.0, leave=True)
     return outcome
 
 
