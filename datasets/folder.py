@@ -104,6 +104,10 @@ class Folder(Dataset):
             reports.append(FileReport(f"{name}/", "readable, not the published file", f"{readable:,} images"))
         return reports
 
+    def test_files(self) -> tuple[Path, ...]:
+        listing = self._listed().get("test")
+        return () if listing is None else listing.files
+
     def verified(self, split_expression: str) -> bool:
         """False: nobody has published digests of these files."""
         return False

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from harness import __version__, encoders, fingerprint, registry
+from harness import __version__, durable, encoders, fingerprint, registry, weights
 from harness.augment import hash_seeds, stream_key
 from harness.budgets import make_budgets
-from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, dotted, resolve
+from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, build, dotted, resolve
 from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
 from harness.evaluation import Material, describe_budget, sample_indices
 from harness.images import digest_split
@@ -38,6 +38,7 @@ class Request:
     tracking: str | None = None
     allow_test: bool = True
     weights: Path | None = None
+    pinned: dict[str, Any] | None = None  # the resolved settings of a run that is evaluated again
     checkpoint_seconds: float = 10.0
 
 
@@ -174,15 +175,22 @@ def _init_seed(seed: int, part: str) -> int:
     return int(hash_seeds(seed, 0, torch.tensor([stream_key(part)]))[0]) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def make_plan(request: Request) -> Plan:
-    """Resolve, open (never the test split), build and check every arm. Raises HarnessError; writes nothing."""
+def make_plan(request: Request, fetch: bool = False) -> Plan:
+    """Resolve, open (never the test split), build and check every arm. Raises HarnessError; writes nothing.
+
+    fetch: download what is missing of the data set first, unless the request is offline
+    """
     device = resolve_device(request.device)
     method = registry.load_method(request.method)
     plugin, _ = registry.load_dataset(request.dataset)
+    if request.evaluators is not None and not request.evaluators:
+        raise HarnessError(f"--eval names no evaluator; known: {', '.join(registry.names('evaluator'))}")
     evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or DEFAULT_EVALUATORS)
     _refuse_path_separators(request)
     probe = _resolve(request, request.method, plugin.default_encoder, evaluators)
     dataset = open_dataset(request.dataset, request.data_dir, probe.data.image_size, request.offline)
+    if fetch and not request.offline and any(file.state == "missing" for file in dataset.verify()):
+        dataset.fetch()
     if request.allow_test:  # bytes only: a broken test file is better named now than after the training
         for file in dataset.verify():
             if file.state == "broken":
@@ -192,6 +200,10 @@ def make_plan(request: Request) -> Plan:
     images = _pretrain_images(dataset, info, probe.data, probe.seed, digests)
     material = Material(dataset, info, images, request.allow_test, digest_split, digests,
                         count_overlap=plugin.takes_argument)  # fmt: skip
+    if material.has_test:
+        material.test_digest = fingerprint.digest(
+            [[p.parent.name, p.name, durable.sha256_file(p)] for p in dataset.test_files()]
+        )
     budgets: tuple[LabelBudget, ...] = ()
     if material.has_labels:
         label_seed = probe.seed if request.label_seed is None else request.label_seed
@@ -217,6 +229,11 @@ def _refuse_path_separators(request: Request) -> None:
 
 
 def _resolve(request: Request, method: str, default_encoder: str, evaluators: Sequence[str]) -> RunConfig:
+    if request.pinned is not None and method == request.method:
+        evaluations = {k: v for k, v in request.layers.overrides.items() if k.startswith("eval.")}
+        for recipe in request.layers.recipes:
+            evaluations = {**{k: v for k, v in recipe.run.items() if k.startswith("eval.")}, **evaluations}
+        return build(method, shown_name(request.dataset), {**request.pinned, **evaluations}, evaluators)
     return resolve(method, shown_name(request.dataset), request.layers, default_encoder=default_encoder,
                    method_settings_of=request.method, evaluators=evaluators)  # fmt: skip
 
@@ -251,6 +268,10 @@ def _arms(
         config = _resolve(request, name, default_encoder, tuple(dict.fromkeys((*evaluators, *mine))))
         checked = build_method(name, config, info)  # refuses here what does not fit
         mine = tuple(e for e in mine if _can_run(registry.load_evaluator(e), checked.encoder))
+        for evaluator in mine:
+            registry.load_evaluator(evaluator)(config.eval[evaluator]).check(checked.encoder)
+        if plugin.role == "outside" and request.weights is not None:
+            weights.adopt(checked.encoder, weights.read_weights(request.weights), request.weights)
         for group in [budgets] if not plugin.supervised else [(b,) for b in budgets]:
             yield _arm(name, role, config, checked.encoder, info, device, request, material, mine, group)
 
@@ -334,13 +355,14 @@ def _identity(
     if plugin.trains:
         shared += ("epochs", "batch_size", "precision", "optim.", "schedule.")
     expression = config.data.pretrain_split or info.pretrain_split
+    opened = expression.split("+") + (["train"] if labelled is not None else [])
     return {
         "method": name,
         "settings": {k: v for k, v in settings.items() if k.startswith(shared) and k != "method_name"},
         "code": fingerprint.code_sha256(plugin),
-        "data": {split: material.digests[split] for split in expression.split("+")},
+        "data": {split: material.digests[split] for split in opened},
         "statistics": [list(info.mean), list(info.std)],
-        "labelled": None if labelled is None else fingerprint.digest(sorted(labelled.tolist())),
+        "labelled": None if labelled is None else fingerprint.digest(labelled.tolist()),
         "device": device.type,
         "deterministic": request.deterministic and device.type == "cuda",
         "numbers_version": fingerprint.NUMBERS_VERSION,
@@ -364,7 +386,7 @@ def _eval_id(arm: Arm, plan: Plan, plugin: type[Evaluator], budget: LabelBudget 
         "settings": dotted(arm.config.eval[plugin.name]),
         "code": fingerprint.code_sha256(plugin),
         "train": plan.material.digests.get("train") if budget else None,
-        "test_open": plan.material.has_test,
+        "test": plan.material.test_digest,
         "precision": arm.config.precision if plugin.trains_encoder else None,
         "numbers_version": fingerprint.NUMBERS_VERSION,
         **describe_budget(budget),

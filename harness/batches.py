@@ -48,10 +48,14 @@ class Batches:
         return self.gather(self._order[start : start + self.batch_size], epoch)
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` images (all if None) in index order; a last batch of one image is left out (batch norm)."""
+        """`limit` images spread evenly over the data (all if None), in index order.
+
+        Spread, because files may be sorted by class; a last batch of one image is left out (batch norm).
+        """
         count = len(self) if limit is None else min(limit, len(self))
         for start in range(0, count, self.batch_size):
             indices = torch.arange(start, min(start + self.batch_size, count), device=self.device)
+            indices = indices * len(self) // count
             if len(indices) > 1 or count == 1:
                 yield self.gather(indices, 0)
 

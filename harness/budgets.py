@@ -44,7 +44,7 @@ def parse_labels(spec: str) -> LabelSpec:
     """Read `--labels` without looking at any data. Raises HarnessError for what could never be a budget."""
     if spec in ("all", "folds"):
         return LabelSpec(spec)  # type: ignore[arg-type]
-    match = re.fullmatch(r"([+-]?)(?:(\d+)(pc)?|(\d*\.\d+|\d+\.)(?:[eE]([+-]?\d+))?)", spec)
+    match = re.fullmatch(r"([+-]?)(?:(\d{1,15})(pc)?|(\d*\.\d+|\d+\.)(?:[eE]([+-]?\d+))?)", spec)
     if match is None:
         raise HarnessError(
             f"labels {spec!r} is not understood; write all, a count (1000), a fraction with a point (0.1), "

@@ -66,7 +66,7 @@ Labels = Annotated[
     str, typer.Option("--labels", help="Label budget: all, a count, a fraction like 0.1, Npc per class, or folds.")
 ]
 LabelSeed = Annotated[
-    int | None, typer.Option("--label-seed", min=0, help="Which labelled images (default: the seed).")
+    int | None, typer.Option("--label-seed", min=0, max=2**62, help="Which labelled images (default: the seed).")
 ]
 Tracking = Annotated[
     str | None, typer.Option("--tracking", help="MLflow address, or none (default: the workspace's own store).")
@@ -117,7 +117,7 @@ def run(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never fetch anything.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never download missing data.")] = False,
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
     tracking: Tracking = None,
     checkpoint_seconds: Annotated[
@@ -185,7 +185,7 @@ def evaluate(
 def _needed(flag: str, value: str | None, recipes: list[Any], key: str) -> str:
     from harness.contracts import HarnessError
 
-    for recipe in recipes:
+    for recipe in reversed(recipes):
         value = value or recipe.run.get(key)
     if not value:
         kind: registry.Kind = "method" if key == "method" else "dataset"
@@ -194,7 +194,7 @@ def _needed(flag: str, value: str | None, recipes: list[Any], key: str) -> str:
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
-    return tuple(dict.fromkeys(w.strip() for w in text.split(",") if w.strip())) or None if text is not None else None
+    return None if text is None else tuple(dict.fromkeys(w.strip() for w in text.split(",") if w.strip()))
 
 
 def _add_plugins(folders: list[Path] | None) -> None:
@@ -207,7 +207,7 @@ def _carry_out(request: Request, dry_run: bool, as_json: bool) -> None:
     from harness.arms import make_plan
     from harness.console import TerminalReporter
 
-    plan = make_plan(request)
+    plan = make_plan(request, fetch=not dry_run)
     if dry_run:
         _print_plan(plan, as_json)
         return
@@ -260,9 +260,9 @@ def _print_outcome(outcome: Outcome) -> None:
         out.print(
             "collapsed: " + ", ".join(dict.fromkeys(row.method for row in outcome.rows if row.collapsed)), markup=False
         )
-    if plan.material.test_overlap:
+    if overlap := max((row.test_overlap or 0 for row in outcome.rows), default=0):
         out.print(
-            f"{plan.material.test_overlap} test images are also in the pretraining data (test_overlap)", markup=False
+            f"{overlap} test images are also among the pretraining or training images (test_overlap)", markup=False
         )
     if not any(row.split == "test" for row in outcome.rows):
         out.print("no test split was opened: validation rows only", markup=False)
@@ -508,6 +508,9 @@ def main() -> None:
     """Entry point: 0 done, 1 an arm failed, 2 a mistake of the caller's, 130 Ctrl-C, 143 SIGTERM."""
     signal.signal(signal.SIGTERM, _terminated)
     _watch_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without a letter must not cost the table
     code = 0
     try:
         code = app(standalone_mode=False) or 0
@@ -528,6 +531,8 @@ def main() -> None:
     except Exception as error:
         from harness.contracts import HarnessError
 
+        if isinstance(error, OSError) and error.filename:
+            error = HarnessError(f"{error.filename}: {(error.strerror or 'cannot be used').lower()}")
         if not isinstance(error, HarnessError):
             raise
         code = _mistake(str(error).replace("\n", " "))

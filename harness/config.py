@@ -41,10 +41,12 @@ class RunConfig(Config):
     epochs: int = setting(50, "passes over the pretraining images", ge=1)
     batch_size: int = setting(128, "images per step", ge=2, search=Choice((64, 128, 256)))
     seed: int = setting(
-        0, "fixes initialisation, order, views and, unless --label-seed says otherwise, the labels", ge=0
+        0, "fixes initialisation, order, views and, unless --label-seed says otherwise, the labels", ge=0, le=2**62
     )
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 autocast where it is the faster one")
-    num_threads: int | None = setting(None, "CPU threads of a step; none: as many as torch finds", ge=1)
+    num_threads: int | None = setting(
+        None, "CPU threads of a step; none: one for small nets, else as many as torch finds", ge=1, le=4096
+    )
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -111,7 +113,14 @@ def load_recipe(name: str) -> Recipe:
     methods = document.get("method", {})
     if not isinstance(methods, dict) or not all(isinstance(table, dict) for table in methods.values()):
         raise HarnessError(f"recipe '{name}': settings of a method belong under [method.<name>]")
-    return Recipe(name, flatten(document.get("run", {})), {m: flatten(t) for m, t in methods.items()})
+    for method in methods:
+        if method not in registry.names("method"):
+            raise HarnessError(f"recipe '{name}': [method.{method}]: {registry.near(method, registry.names('method'))}")
+    run = flatten(document.get("run", {}))
+    for key in ("method", "dataset"):
+        if not isinstance(run.get(key, ""), str):
+            raise HarnessError(f"recipe '{name}': {key} must be a name, not {run[key]!r}")
+    return Recipe(name, run, {m: flatten(t) for m, t in methods.items()})
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:

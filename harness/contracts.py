@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,11 @@ def setting(default: Any, meaning: str, *, source: str = "", search: Search | No
     """
     extra: Any = {"source": source, "search": search}
     return Field(default, description=meaning, json_schema_extra=extra, **limits)
+
+
+Positives = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Counts = tuple[Annotated[int, Field(ge=1)], ...]
+Shares = tuple[Annotated[float, Field(gt=0, lt=1)], ...]
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -191,6 +196,10 @@ class Dataset(ABC):
         """Download what is missing, verified; return one line per file. The default has nothing to fetch."""
         return [f"{self.name}: nothing to fetch"]
 
+    def test_files(self) -> Sequence[Path]:
+        """The files behind the test split, so that their bytes can be told apart; none when it is embedded."""
+        return ()
+
     def verified(self, split_expression: str) -> bool:
         """Whether every file behind these splits (`a+b`) is the published one. Embedded data is."""
         return True
@@ -270,7 +279,7 @@ class PretrainingData(Protocol):
     """What a method may ask for outside the training loop. Never labels, never the test split."""
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` pretraining images (all if None) in index order, augmentation-free, as Batches."""
+        """`limit` pretraining images spread evenly (all if None), in index order, augmentation-free, as Batches."""
 
     def embed(self, function: Callable[[Tensor], Tensor], limit: int | None = None) -> Tensor:
         """Apply `function` (images -> (B, ...)) to those batches without gradients and concatenate on the CPU."""
@@ -472,6 +481,10 @@ class Evaluator(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def check(self, encoder: Encoder) -> None:
+        """Refuse settings that do not fit the encoder, before any work. Raises HarnessError with the numbers."""
+        return
+
     @abstractmethod
     def evaluate(self, task: EvaluationTask) -> Evaluation:
         """Measure; validation measurements are made before the refit that the test measurements use."""
@@ -535,7 +548,8 @@ class Row(BaseModel):
 
 
 __all__ = [
-    "Batch", "Choice", "Config", "Dataset", "DatasetInfo", "Encoder", "Evaluation", "EvaluationTask", "Evaluator",
-    "FileReport", "HarnessError", "LabelBudget", "Measurement", "Method", "PretrainingData", "PublishedFile", "Range",
-    "ReceptiveField", "Row", "Search", "Sequence", "Split", "Status", "Trainer", "TrainingOutcome", "setting",
+    "Batch", "Choice", "Config", "Counts", "Dataset", "DatasetInfo", "Encoder", "Evaluation", "EvaluationTask", "Evaluator",
+    "FileReport", "HarnessError", "LabelBudget", "Measurement", "Method", "Positives", "PretrainingData", "PublishedFile",
+    "Range", "ReceptiveField", "Row", "Search", "Sequence", "Shares", "Split", "Status", "Trainer", "TrainingOutcome",
+    "setting",
 ]  # fmt: skip

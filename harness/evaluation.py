@@ -50,6 +50,7 @@ class Material:
     digest: Callable[[Split], str]
     digests: dict[str, str] = field(default_factory=dict)
     test_overlap: int | None = None
+    test_digest: str | None = None  # of the files' bytes; None: closed or absent
     count_overlap: bool = False
     _verified: dict[str, bool] = field(default_factory=dict)
 
@@ -76,7 +77,10 @@ class Material:
         if name not in self.digests:
             self.digests[name] = self.digest(split)
             if name == "test" and self.count_overlap:
-                self.test_overlap = len(image_digests(split.images) & image_digests(self.pretrain_images))
+                known = image_digests(self.pretrain_images)
+                if self.has_labels:
+                    known |= image_digests(self.dataset.split("train").images)
+                self.test_overlap = len(image_digests(split.images) & known)
         return split
 
 

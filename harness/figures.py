@@ -298,6 +298,8 @@ def _classes(axes: Axes, plane: np.ndarray, labels: np.ndarray, classes: Sequenc
 def _tsne(values: np.ndarray) -> np.ndarray:
     from sklearn.manifold import TSNE
 
+    if not np.isfinite(values).all() or np.ptp(values, axis=0).max() < 1e-9:
+        raise ValueError("the features are all the same or not finite")  # scikit-learn's t-SNE would crash the process
     perplexity = float(np.clip((len(values) - 1) / 4, 1, 30))
     plane: np.ndarray = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(values)
     return plane

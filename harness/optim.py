@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.contracts import Choice, Config, Range, setting
+from harness.contracts import Choice, Config, Range, Shares, setting
 
 
 class OptimConfig(Config):
@@ -38,7 +38,7 @@ class ScheduleConfig(Config):
         "cosine", "shape after warm-up", search=Choice(("step", "cosine"))
     )
     warmup_fraction: float = setting(0.0, "share of the steps with a linear rise from 0", ge=0, lt=1)
-    milestones: tuple[float, ...] = setting((0.6, 0.85), "step: shares of the run after which the rate drops")
+    milestones: Shares = setting((0.6, 0.85), "step: shares of the run after which the rate drops")
     gamma: float = setting(
         0.1, "step, plateau: factor of each drop", source="Hoffer et al. 2016, section 5", gt=0, lt=1
     )

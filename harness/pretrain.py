@@ -81,6 +81,8 @@ def train(module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_
     start = session.state.step
     session.run(plan.steps)
     executed = session.state.step - start
+    if session.state.failed_at is None and executed and not session._finite():
+        session.state.failed_at = session.state.step - 1  # a bad gradient at the very last step
     if session.state.failed_at is not None:
         session.go_back(session.state.failed_at)
     session.save()

@@ -201,6 +201,10 @@ class PublishedDataset(Dataset):
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise BrokenFile(path, error) from error
 
+    def test_files(self) -> list[Path]:
+        found = [self.locate(name) for name in self.split_files.get("test", ())]
+        return [path for path in found if path is not None]
+
     def verified(self, split_expression: str) -> bool:
         """Whether every file behind these splits (`a+b`) is the published one; False if one is missing or broken."""
         for split in split_expression.split("+"):

@@ -7,6 +7,7 @@ share or merge the folder.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Iterable, Mapping
@@ -40,12 +41,15 @@ def write(
     """Commit the rows of one evaluation; its per-image predictions are made safe first."""
     rows = list(rows)
     path = rows_path(workspace, rows[0].pretrain_id, rows[0].eval_id)
+    digest = None
     if predictions:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {name: np.asarray(values) for name, values in predictions.items()}
         np.savez_compressed(buffer, **arrays)
         durable.write_bytes(path.with_suffix(".predictions.npz"), buffer.getvalue())
-    durable.write_sealed(path, {"rows": [row.model_dump(mode="json") for row in rows], "chosen": dict(chosen or {})})
+        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    document = {"rows": [row.model_dump(mode="json") for row in rows], "chosen": dict(chosen or {})}
+    durable.write_sealed(path, {**document, "predictions_sha256": digest})
 
 
 def read(path: Path) -> list[Row] | None:
@@ -54,6 +58,10 @@ def read(path: Path) -> list[Row] | None:
         document = durable.read_sealed(path)
     except FileNotFoundError:
         return None
+    expected = (document or {}).get("predictions_sha256")
+    beside = path.with_suffix(".predictions.npz")
+    if expected is not None and (not beside.is_file() or durable.sha256_file(beside) != expected):
+        document = None
     if document is None:
         warnings.warn(f"{path} is damaged and ignored; rerun its command to make it again", stacklevel=2)
         return None

@@ -7,6 +7,8 @@ finished is found by its identity and not done again; a row file is written only
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -30,6 +32,7 @@ from harness import (
     registry,
     runs,
 )
+from harness import weights as weights_of
 from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, make_plan
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
@@ -92,7 +95,7 @@ def execute(request: Request, reporter: Reporter | None = None, plan: Plan | Non
     Raises HarnessError before anything is written when the request cannot be met.
     """
     reporter = reporter or Silent()
-    plan = plan or make_plan(request)
+    plan = plan or make_plan(request, fetch=True)
     outcome = Outcome(plan)
     tracker = mirror.Tracking(request.workspace, request.tracking)
     tracker.start()
@@ -120,7 +123,9 @@ def execute(request: Request, reporter: Reporter | None = None, plan: Plan | Non
 def _numerics(plan: Plan) -> Iterator[None]:
     """Threads and determinism of a run, put back afterwards."""
     threads = torch.get_num_threads()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 in a row means fp32
     if plan.request.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -138,6 +143,7 @@ class _ArmRun:
         self.folder = runs.checkpoint_folder(self.workspace, arm.pretrain_id)
         self.journal: Any = None
         self.cache = FeatureCache()
+        self.failed = False
 
     def run(self) -> None:
         todo = []
@@ -148,7 +154,8 @@ class _ArmRun:
                 todo.append(cell)
             else:
                 self.outcome.rows += [row for row in rows if row.metric != "status" or row.status != "FINISHED"]
-                if any(row.status == "NONFINITE" for row in rows):
+                if cell is None and any(row.status == "NONFINITE" for row in rows):
+                    self.failed = True
                     self.outcome.problems.append(
                         f"{self.arm.method}: the loss was not finite at step {rows[0].steps}; not retried"
                     )
@@ -160,6 +167,8 @@ class _ArmRun:
 
     def _work(self, todo: list[Cell | None]) -> None:
         encoder, facts = self.pretrained()
+        if None in todo:
+            self._record_pretraining(facts)
         if facts["status"] != "FINISHED":
             return
         for cell in todo:
@@ -186,7 +195,7 @@ class _ArmRun:
         if arm.plugin.role == "outside":
             weights = self.plan.request.weights
             assert weights is not None
-            runs.adopt(method.encoder, runs.read_weights(weights), weights)
+            weights_of.adopt(method.encoder, weights_of.read_weights(weights), weights)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         images = self.plan.material.pretrain_images
@@ -213,9 +222,9 @@ class _ArmRun:
             "curve": curve, **provenance.code_state(),
         }  # fmt: skip
         facts["weights_sha256"] = fingerprint.weights_sha256(method.encoder)
-        pretext = self._diagnose(method, everything, facts)
+        facts["pretext"] = self._diagnose(method, everything, facts)
         log_pretraining_figures(self.journal, self.folder, arm, method, everything, curve)
-        self._commit_pretraining(method.encoder, facts, pretext)
+        self._save(method.encoder, facts)
         return method.encoder, facts
 
     def _train(self, method: Method) -> pretrain.Finished:
@@ -248,29 +257,41 @@ class _ArmRun:
 
         return log
 
-    def _diagnose(self, method: Method, everything: Batches, facts: dict[str, Any]) -> list[Measurement]:
+    def _diagnose(self, method: Method, everything: Batches, facts: dict[str, Any]) -> dict[str, float | None]:
         """What the method says of its own pretext task, beside an untrained encoder with set batch-norm statistics."""
         arm, info = self.arm, self.plan.material.info
         if facts["status"] != "FINISHED" or type(method).diagnostics is Method.diagnostics:
-            return []
+            return {}
         untrained = _placed(build_encoder(arm.method, arm.config, info), self.plan.device)
         set_batch_norm_statistics(untrained, everything.batches(64 * PREPARE_BATCH))
         values = method.diagnostics(everything, untrained.eval())
-        return [Measurement(None, "pretrain", name, float(value)) for name, value in values.items()]
+        return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
-    def _commit_pretraining(self, encoder: Encoder, facts: dict[str, Any], pretext: list[Measurement]) -> None:
+    def _save(self, encoder: Encoder, facts: dict[str, Any]) -> None:
+        layers = self.plan.request.layers
+        asked = {
+            "recipes": [vars(recipe) for recipe in layers.recipes],
+            "flags": layers.flags,
+            "overrides": layers.overrides,
+        }
         stored = {**facts, "config": dotted(self.arm.config), "identity": self.arm.identity, "method": self.arm.method,
-                  "dataset": self.plan.request.dataset, "pretrain_id": self.arm.pretrain_id,
+                  "dataset": self.plan.request.dataset, "pretrain_id": self.arm.pretrain_id, "layers": asked,
                   "info": asdict(self.plan.material.info)}  # fmt: skip
         checkpoint.save_encoder(self.folder, encoder.state_dict(), stored)
         checkpoint.discard(self.folder / "state")
+
+    def _record_pretraining(self, facts: dict[str, Any]) -> None:
+        """Commit what the pretext task says, or how the pretraining ended; from the saved facts, so that a kill between
+        the weights and these rows loses nothing."""
         status: Status = facts["status"]
         if status != "FINISHED":
+            self.failed = True
             self.outcome.problems.append(
                 f"{self.arm.method}: the loss was not finite at step {facts['steps']}; the weights before it are kept"
             )
-        rows = [self._row(m, None, facts, self._own_id(), "FINISHED") for m in pretext]
-        rows = rows or [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._own_id(), status)]
+        found = [Measurement(None, "pretrain", name, value) for name, value in facts["pretext"].items()]
+        found = found or [Measurement(None, "pretrain", "status", None)]
+        rows = [self._row(m, None, facts, self._own_id(), status) for m in found]
         records.write(self.workspace, rows)
         self._publish(rows)
 
@@ -306,7 +327,11 @@ class _ArmRun:
         started, clock = _now(), time.monotonic()
         result: Evaluation = evaluator.evaluate(task)
         timing = {"started_at": started, "finished_at": _now(), "device_seconds": time.monotonic() - clock}
-        rows = [self._row(m, cell, facts | timing, cell.eval_id, "FINISHED") for m in result.measurements]
+        found = result.measurements
+        if arm.plugin.supervised and cell.budget is not None and len(cell.budget.rounds) > 1:
+            # under cross-validation it has trained on every validation image: those numbers would be leaks
+            found = [m for m in found if m.split != "validation"]
+        rows = [self._row(m, cell, facts | timing, cell.eval_id, "FINISHED") for m in found]
         log_evaluation_figures(self.journal, self.folder, arm, cell, task, result)
         records.write(self.workspace, rows, result.chosen, result.predictions)
         checkpoint.discard(states)
@@ -318,6 +343,8 @@ class _ArmRun:
 
     def _row(self, m: Measurement, cell: Cell | None, facts: Mapping[str, Any], eval_id: str, status: Status) -> Row:
         arm, plan, budget = self.arm, self.plan, cell.budget if cell else None
+        if arm.plugin.supervised:  # one arm per budget: its label-free rows are told apart by it as well
+            budget = arm.budgets[0]
         settings = dotted(arm.config)
         keep = {
             k: v
@@ -333,7 +360,8 @@ class _ArmRun:
         return Row(
             method=arm.method, config=keep, dataset=arm.config.dataset_name, data_sha256=fingerprint.digest(digests),
             data_verified=plan.material.verified(tuple(digests)),
-            test_overlap=plan.material.test_overlap, pretrain_data=arm.config.data.pretrain_split or "",
+            test_overlap=plan.material.test_overlap if m.split == "test" else None,
+            pretrain_data=arm.config.data.pretrain_split or "",
             encoder=arm.encoder, pretrain_id=arm.pretrain_id,
             eval_id=eval_id, seed=arm.config.seed, label_seed=budget.label_seed if budget else None,
             labels=budget.spec if budget else None, fold=budget.fold if budget else None,
@@ -370,7 +398,7 @@ class _ArmRun:
         open_journals.append(self.journal)
         try:
             yield
-            status = "FAILED" if any(p.startswith(f"{arm.method}:") for p in self.outcome.problems) else "FINISHED"
+            status = "FAILED" if self.failed else "FINISHED"
         except Exception:
             status = "FAILED"
             raise
@@ -386,13 +414,15 @@ class _ArmRun:
         except HarnessError:
             raise
         except Exception as error:
-            memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+            words = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+            memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
+            self.failed = True
             status: Status = "OUT_OF_MEMORY" if memory else "FAILED"
             log = self.folder / "error.txt"
             durable.write_bytes(log, traceback.format_exc().encode())
             advice = "lower it with --set batch_size=N" if memory else f"the traceback is in {log}"
             self.outcome.problems.append(
-                f"{self.arm.method}: {status} ({type(error).__name__}: {str(error)[:200]}); {advice}"
+                f"{self.arm.method}: {status} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {advice}"
             )
             facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
                      "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
@@ -444,7 +474,7 @@ def run(
     request = Request(
         method=method, dataset=dataset, layers=Layers([load_recipe(r) for r in recipes], flags, dict(set or {})),
         workspace=Path(workspace).resolve(), data_dir=Path(data_dir) if data_dir else None, labels=str(labels),
-        label_seed=label_seed, evaluators=tuple(evaluators) if evaluators else None, device=device,
+        label_seed=label_seed, evaluators=None if evaluators is None else tuple(evaluators), device=device,
         deterministic=deterministic, offline=offline, control=control, tracking=tracking,
     )  # fmt: skip
     return records.frame(execute(request).rows)
@@ -469,7 +499,7 @@ def evaluate(
     request = evaluation_request(
         run, Path(weights) if weights else None, encoder, dataset, Path(workspace).resolve(), dict(set or {}),
         data_dir=Path(data_dir) if data_dir else None, labels=str(labels), label_seed=label_seed,
-        evaluators=tuple(evaluators) if evaluators else None, control=control, tracking=tracking,
+        evaluators=None if evaluators is None else tuple(evaluators), control=control, tracking=tracking,
     )  # fmt: skip
     return records.frame(execute(request).rows)
 
@@ -488,7 +518,7 @@ def evaluation_request(
         raise HarnessError("evaluate takes either a RUN (see `harness list runs`) or --weights FILE")
     if run is not None:
         found = runs.find(workspace, run)
-        request = runs.request_again(found, layers=Layers(overrides=overrides), **changes)
+        request = runs.request_again(found, overrides, **changes)
         if make_plan(request).arms[0].pretrain_id != found.pretrain_id:
             if registry.load_method(request.method).supervised:
                 raise HarnessError(
@@ -502,7 +532,7 @@ def evaluation_request(
     if encoder is None or dataset is None:
         raise HarnessError("--weights needs --encoder (what the weights are for) and --dataset (what to evaluate on)")
     assert weights is not None
-    state = runs.read_weights(weights)
+    state = weights_of.read_weights(weights)
     method = registry.methods_with_role("outside")[0]
     overrides = {"encoder.name": encoder, "method.weights_sha256": fingerprint.tensors_sha256(state), **overrides}
     return Request(

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from harness import arms, checkpoint, durable, encoders, registry
-from harness.config import Layers, RunConfig, build
+from harness.config import Layers, Recipe, RunConfig, build
 from harness.contracts import DatasetInfo, Encoder, HarnessError
 
 
@@ -101,64 +98,29 @@ def load_encoder(run: str = "latest", workspace: str | Path = ".") -> Encoder:
     return find(Path(workspace).resolve(), run).encoder()
 
 
-def request_again(run: Run, **changes: Any) -> arms.Request:
-    """The request that leads to this very pretraining again, with other evaluations."""
-    settings = {
+def request_again(run: Run, overrides: dict[str, Any], **changes: Any) -> arms.Request:
+    """The request that leads to this very pretraining again, with other evaluations.
+
+    Its own settings are the resolved ones; the controls get the layers of the original command, as they did then.
+    """
+    wrong = [key for key in overrides if not key.startswith("eval.")]
+    if wrong:
+        raise HarnessError(
+            f"--set {wrong[0]}: a finished run can only be evaluated in other ways; set eval.* keys, or run again"
+        )
+    asked = run.facts["layers"]
+    layers = Layers(
+        [Recipe(r["name"], r["run"], r["methods"]) for r in asked["recipes"]],
+        asked["flags"],
+        {**asked["overrides"], **overrides},
+    )
+    pinned = {
         k: v for k, v in run.facts["config"].items() if not k.startswith(("method_name", "dataset_name", "eval."))
     }
-    settings = {k: (tuple(v) if isinstance(v, list) else v) for k, v in settings.items()}
-    layers: Layers = changes.pop("layers", Layers())
-    layers = Layers(layers.recipes, {**layers.flags, **settings}, layers.overrides)
     return arms.Request(
-        method=run.facts["method"], dataset=run.facts["dataset"], layers=layers, workspace=run.workspace,
+        method=run.facts["method"], dataset=run.facts["dataset"], layers=layers, workspace=run.workspace, pinned=pinned,
         device=run.facts["identity"]["device"], deterministic=run.facts["identity"]["deterministic"], **changes,
     )  # fmt: skip
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """An outside encoder's state dict: safetensors, or a torch file read with `weights_only=True` (no code runs)."""
-    if not path.is_file():
-        raise HarnessError(f"--weights {path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise HarnessError(f"--weights {path}: not a readable state dict ({reason})") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise HarnessError(f"--weights {path}: not a state dict (a mapping of names to tensors)")
-    return state
-
-
-def adopt(encoder: Encoder, state: dict[str, Tensor], path: Path) -> None:
-    """Load an outside state dict into `encoder`; its statistics buffers may be missing, a classifier may be left over.
-
-    Raises HarnessError naming the first keys or shapes that do not fit.
-    """
-    own = encoder.state_dict()
-    for prefix in ("", "encoder.", "backbone.", "module."):
-        candidate = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        candidate = {k if k in own else f"model.{k}": v for k, v in candidate.items()}
-        missing = [k for k in own if k not in candidate and k not in ("mean", "std")]
-        if not missing:
-            wrong = [k for k in own if k in candidate and candidate[k].shape != own[k].shape]
-            if wrong:
-                raise HarnessError(
-                    f"--weights {path}: '{wrong[0]}' is {tuple(candidate[wrong[0]].shape)}, "
-                    f"encoder {encoder.name} needs {tuple(own[wrong[0]].shape)}"
-                )
-            encoder.load_state_dict({k: candidate.get(k, own[k]) for k in own})
-            return
-    absent = [k for k in own if k not in state and k not in ("mean", "std")]
-    raise HarnessError(
-        f"--weights {path}: {len(absent)} tensors of encoder {encoder.name} are missing, first '{absent[0]}'"
-    )
-
-
-__all__ = ["Run", "adopt", "checkpoint_folder", "find", "finished", "load_encoder", "read_weights", "request_again"]
+__all__ = ["Run", "checkpoint_folder", "find", "finished", "load_encoder", "request_again"]

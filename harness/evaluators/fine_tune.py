@@ -30,7 +30,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.augment import shift_and_mirror
-from harness.contracts import Batch, Encoder, Evaluation, EvaluationTask, Evaluator, HarnessError, Measurement, setting
+from harness.contracts import (
+    Batch,
+    Encoder,
+    Evaluation,
+    EvaluationTask,
+    Evaluator,
+    HarnessError,
+    Measurement,
+    Positives,
+    setting,
+)
 from harness.optim import OptimConfig, ScheduleConfig
 
 FEW_LABELS = 25  # per class: protocol, "Evaluations"
@@ -59,7 +69,7 @@ class FineTune(Evaluator):
     class Config(Evaluator.Config):
         """`eval.fine_tune.*`."""
 
-        learning_rates: tuple[float, ...] = setting((0.01, 0.03, 0.1, 0.3), "tried on validation")
+        learning_rates: Positives = setting((0.01, 0.03, 0.1, 0.3), "tried on validation")
         default_learning_rate: float = setting(
             0.03,
             "at 25 labels per class or fewer",
@@ -72,21 +82,26 @@ class FineTune(Evaluator):
         min_steps: int = setting(300, "fewest steps", ge=1)
         max_steps: int = setting(20_000, "most steps, doublings included", ge=1)
         max_doublings: int = setting(2, "times the steps double while the chosen rate has not converged", ge=0)
-        batch_size: int = setting(128, "at most; also at most 1/25 of the labelled images, but 16 where there are", ge=1)
+        batch_size: int = setting(
+            128, "at most; also at most 1/25 of the labelled images, but 16 where there are", ge=1
+        )
         weight_decay: float = setting(5e-4, "L2 penalty", ge=0)
         momentum: float = setting(0.9, "Nesterov momentum", ge=0, lt=1)
         schedule: ScheduleConfig = setting(ScheduleConfig(), "learning rate over the steps")
         transfer_depth: int = setting(0, "leading layers of the encoder kept frozen", ge=0)
         head_first_steps: int = setting(0, "steps of the head alone before the whole", source="Kumar et al. 2022", ge=0)
 
+    def check(self, encoder: Encoder) -> None:
+        """Refuse to freeze more layers than the encoder has."""
+        if self.config.transfer_depth > len(encoder.layers):
+            raise HarnessError(
+                f"eval.fine_tune.transfer_depth={self.config.transfer_depth}: encoder '{encoder.name}' has "
+                f"{len(encoder.layers)} layers ({', '.join(encoder.layers)})"
+            )
+
     def evaluate(self, task: EvaluationTask) -> Evaluation:
         """Choose the rate, refit, and open the test split once, at the end."""
-        depth = len(task.encoder.layers)
-        if self.config.transfer_depth > depth:
-            raise HarnessError(
-                f"eval.fine_tune.transfer_depth={self.config.transfer_depth}: encoder '{task.encoder.name}' has "
-                f"{depth} layers ({', '.join(task.encoder.layers)})"
-            )
+        self.check(task.encoder)
         arm = _Arm(task, self.config)
         rate = arm.choose_rate()
         if task.has_test:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Counts, Evaluation, EvaluationTask, Evaluator, Measurement, setting
 
 SIMILARITIES_AT_ONCE = 2**24  # 64 MiB of float32
 
@@ -30,7 +30,7 @@ class KNearestNeighbours(Evaluator):
 
         num_neighbours: int = setting(20, "k of `top1`, clipped to half the labels of the smallest class", ge=1)
         temperature: float = setting(0.07, "of the votes", source="Wu et al. 2018, section 3.4", gt=0)
-        variants: tuple[int, ...] = setting((1,), "further values of k, never clipped, each its own metric `top1_kN`")
+        variants: Counts = setting((1,), "further values of k, never clipped, each its own metric `top1_kN`")
 
     def evaluate(self, task: EvaluationTask) -> Evaluation:
         """Classify by every readout of the encoder: validation by round, then test with the whole budget as bank."""
@@ -57,9 +57,7 @@ class KNearestNeighbours(Evaluator):
         metrics = {"top1": max(1, min(self.config.num_neighbours, smallest // 2))}
         return metrics | {f"top1_k{k}": k for k in self.config.variants if 1 <= k <= len(bank_labels)}
 
-    def _validate(
-        self, name: str, features: Tensor, labels: Tensor, task: EvaluationTask, found: Evaluation
-    ) -> None:
+    def _validate(self, name: str, features: Tensor, labels: Tensor, task: EvaluationTask, found: Evaluation) -> None:
         top1: dict[str, list[float]] = {}
         count = 0
         for fit, validation in task.budget.rounds:

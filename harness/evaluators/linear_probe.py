@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Encoder, Evaluation, EvaluationTask, Evaluator, HarnessError, Measurement, setting
 
 PATH_TOLERANCE = 1e-3  # relative excess of the objective
 TOLERANCE = 1e-10
@@ -259,6 +259,13 @@ class LinearProbe(Evaluator):
             1e-2, "penalty where nothing can be held out (one label per class): a round value, never tuned", gt=0
         )
 
+    def check(self, encoder: Encoder) -> None:
+        """Refuse a path that runs the wrong way."""
+        if self.config.weakest > self.config.strongest:
+            raise HarnessError(
+                f"eval.linear_probe.weakest={self.config.weakest:g} is above strongest={self.config.strongest:g}"
+            )
+
     def evaluate(self, task: EvaluationTask) -> Evaluation:
         """Probe every readout of the encoder, and `spatial_pca` where it has both `gap` and `spatial`."""
         device = task.device if task.device.type == "cuda" else torch.device("cpu")
@@ -292,7 +299,12 @@ class LinearProbe(Evaluator):
         return found
 
     def _choose(
-        self, name: str, features: Tensor, labels: Tensor, task: EvaluationTask, pca_width: int | None,
+        self,
+        name: str,
+        features: Tensor,
+        labels: Tensor,
+        task: EvaluationTask,
+        pca_width: int | None,
         found: Evaluation,
     ) -> float:
         """The strength with the best validation top-1; its row and whether it lies at an edge go into `found`."""

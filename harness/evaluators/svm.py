@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import SVC, LinearSVC
 
-from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, setting
+from harness.contracts import Evaluation, EvaluationTask, Evaluator, Measurement, Positives, setting
 
 KERNEL_ROWS_AT_ONCE = 2048
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -31,9 +31,9 @@ class SupportVectorMachine(Evaluator):
     class Config(Evaluator.Config):
         """`eval.svm.*`. The first value of each grid is the smoothest."""
 
-        c: tuple[float, ...] = setting((1.0, 10.0, 100.0), "RBF: cost of an error, ascending")
-        gamma: tuple[float, ...] = setting((0.5, 1.0, 2.0), "RBF: multipliers of 1 / (D * variance), ascending")
-        linear_c: tuple[float, ...] = setting((0.1, 1.0, 10.0), "linear: cost of an error, ascending")
+        c: Positives = setting((1.0, 10.0, 100.0), "RBF: cost of an error, ascending")
+        gamma: Positives = setting((0.5, 1.0, 2.0), "RBF: multipliers of 1 / (D * variance), ascending")
+        linear_c: Positives = setting((0.1, 1.0, 10.0), "linear: cost of an error, ascending")
         default_c: float = setting(10.0, "where nothing can be held out: a round value, never tuned", gt=0)
         default_linear_c: float = setting(1.0, "the same for the linear machine", gt=0)
         kernel_limit: int = setting(10_000, "most labels for the kernel", source="design: protocol, floors", ge=1)
@@ -66,7 +66,13 @@ class SupportVectorMachine(Evaluator):
         return found
 
     def _choose(
-        self, name: str, metric: str, features: np.ndarray, labels: np.ndarray, linear: bool, task: EvaluationTask,
+        self,
+        name: str,
+        metric: str,
+        features: np.ndarray,
+        labels: np.ndarray,
+        linear: bool,
+        task: EvaluationTask,
         found: Evaluation,
     ) -> tuple[float, float]:
         """(C, gamma multiplier) with the best validation top-1; its row goes into `found`. gamma is 1 when linear."""

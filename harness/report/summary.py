@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from harness import registry
 from harness.contracts import Row
 
 PROBE, SVM, KNN, FINE_TUNE = "linear_probe", "svm", "knn", "fine_tune"
@@ -17,7 +18,8 @@ class Line:
     """One arm. Values are fractions of 1 on the test split (validation where there is none); None: not measured.
 
     headline: the better readout as chosen on validation; readout: which one that is
-    gain: headline minus random_init's, same seed and labels; gain_fine_tune: likewise after fine-tuning
+    gain: headline minus random_init's, same seed and labels; gain_fine_tune: likewise after fine-tuning, None where
+        either arm has not converged: such a comparison is not valid
     """
 
     method: str
@@ -48,7 +50,8 @@ class Summary:
     def verdict(self, method: str) -> str:
         """One sentence: whether `method` is above the best floor, which is what `works` means here."""
         by_name = {line.method: line for line in self.lines}
-        floors = [line for line in self.lines if line.headline is not None and not set(line.readouts) & {"gap", "cls"}]
+        names = registry.methods_with_role("floor")
+        floors = [line for line in self.lines if line.headline is not None and line.method in names]
         mine = by_name.get(method)
         if mine is None or mine.headline is None or not floors:
             return ""
@@ -89,7 +92,8 @@ def _mean(rows: Sequence[Row], evaluator: str, readout: str | None, split: str, 
 def _line(rows: Sequence[Row], split: str) -> Line:
     readouts: dict[str, float] = {}
     choice: list[tuple[float, str]] = []
-    for evaluator in (PROBE, SVM):
+    # an arm without a probe (a kernel machine on pixels or HOG) is read by its own evaluator
+    for evaluator in (PROBE,) if any(r.evaluator == PROBE for r in rows) else (SVM,):
         for name in dict.fromkeys(r.readout for r in rows if r.evaluator == evaluator and r.readout):
             value, validation = _mean(rows, evaluator, name, split), _mean(rows, evaluator, name, "validation")
             if value is not None:
@@ -113,7 +117,9 @@ def _paired(line: Line, baseline: Line | None) -> Line:
     def difference(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None else a - b
 
+    converged = False not in (line.fine_tune_converged, baseline.fine_tune_converged)
     return Line(
         line.method, line.readouts, line.readout, line.headline, line.knn, line.fine_tune, line.fine_tune_converged,
-        difference(line.headline, baseline.headline), difference(line.fine_tune, baseline.fine_tune),
+        difference(line.headline, baseline.headline),
+        difference(line.fine_tune, baseline.fine_tune) if converged else None,
     )  # fmt: skip
