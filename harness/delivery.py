@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from harness import journal as journals
 from harness.journal import Journal, Record, mistake
 from harness.tracking import Store, has_tag, resolve_uri
 
+PATIENCE_SECONDS = 40.0  # a mirror whose command is gone ends within 35
 _CHUNK = 500  # records per call: bounds the memory of a delivery and what is repeated after a kill
 
 
@@ -234,8 +236,10 @@ def sync(workspace: Path, uri: str | None = None) -> SyncReport:
                and not journals.journal_path(workspace, folder.name).exists()]  # fmt: skip
     reason = ""
     try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
         for path in paths:
-            delivery.deliver(path)
+            while not delivery.deliver(path) and time.monotonic() < deadline:
+                time.sleep(0.2)  # the mirror of a command that has just ended is still at it
         while folders:
             delivery.deliver_rows(folders[0])
             del folders[0]
