@@ -17,6 +17,33 @@ def projector(features: int, hidden: int, out: int) -> nn.Sequential:
     )
 
 
+def decoder(map_shape: tuple[int, int, int], image_shape: tuple[int, int, int], hidden: int) -> nn.Sequential:
+    """From a feature map back to an image: (B, *map_shape) -> (B, *image_shape), any values.
+
+    map_shape, image_shape: (C, H, W). Doubles the sides until they are the image's (the last step by what is missing),
+    nearest neighbour and a 3 x 3 convolution each time: transposed convolutions leave checkerboards (Odena et al., 2016).
+    """
+    channels, height, width = map_shape
+    _, image_height, image_width = image_shape
+    layers: list[nn.Module] = []
+    while True:
+        layers += [nn.Conv2d(channels, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
+        channels = hidden
+        if (height, width) == (image_height, image_width):
+            return nn.Sequential(*layers, nn.Conv2d(hidden, image_shape[0], 3, padding=1))
+        height, width = min(2 * height, image_height), min(2 * width, image_width)
+        layers.append(nn.Upsample((height, width)))
+
+
+@torch.no_grad()
+def momentum_update(teacher: nn.Module, online: nn.Module, momentum: Tensor) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * online, parameters only: a teacher in training mode makes its
+    own batch-norm statistics. `momentum` is a 0-d tensor on the device, so nothing waits for it.
+    """
+    for slow, fast in zip(teacher.parameters(), online.parameters(), strict=True):
+        slow.lerp_(fast, (1 - momentum).to(slow.dtype))
+
+
 def wide(features: Tensor) -> Tensor:
     """Sums are taken in at least float32; float64 stays."""
     return features if features.dtype == torch.float64 else features.float()

@@ -18,16 +18,16 @@ TIERS: list[set[str]] = [
     {"runner"},
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
     {"arms"},
-    {"evaluation", "provenance", "records"},
+    {"evaluation", "provenance", "records", "weights"},
     {"pretrain", "config", "budgets", "journal", "figures"},
     {"batches", "checkpoint", "registry"},
     {"optim", "encoders", "conv_encoder", "outside_encoders", "heads", "patches", "receptive_field", "fingerprint",
-     "augment", "durable", "images", "formats", "download", "archives", "published"},
+     "augment", "views", "durable", "images", "formats", "download", "archives", "published"},
     {"contracts"},
     {""},
 ]  # fmt: skip
 PLUGINS = {
-    "methods": {"contracts", "augment", "encoders", "heads", "patches", "receptive_field"},
+    "methods": {"contracts", "augment", "views", "encoders", "heads", "patches", "receptive_field"},
     "datasets": {"contracts", "images", "formats", "download", "archives", "published"},
     "harness/evaluators": {"contracts", "encoders", "augment", "batches", "optim"},
 }
