@@ -34,7 +34,10 @@ def test_a_lost_or_damaged_row_file_is_made_again(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="is damaged and ignored"):
         again = run(tmp_path)
     keys = ["evaluator", "readout", "split", "metric", "value"]
-    assert again[keys].astype(str).sort_values(keys).to_numpy().tolist() == first[keys].astype(str).sort_values(keys).to_numpy().tolist()
+    assert (
+        again[keys].astype(str).sort_values(keys).to_numpy().tolist()
+        == first[keys].astype(str).sort_values(keys).to_numpy().tolist()
+    )
     assert predictions.read_bytes() != b"x"
 
 
@@ -100,11 +103,15 @@ def test_evaluating_again_compares_with_the_controls_of_the_run(tmp_path: Path) 
     from harness.runner import evaluation_request
 
     first = run(tmp_path, control=True, set={"optim.lr": 0.05, "method.patch": 2})
-    request = evaluation_request("latest", None, None, None, tmp_path, {}, labels="10pc", evaluators=("knn",), tracking="none")
+    request = evaluation_request(
+        "latest", None, None, None, tmp_path, {}, labels="10pc", evaluators=("knn",), tracking="none"
+    )
     ids = {arm.method: arm.pretrain_id for arm in make_plan(request).arms}
     assert ids == dict(zip(first.method, first.pretrain_id, strict=True))
     with pytest.raises(harness.contracts.HarnessError, match="--set seed"):
-        evaluation_request("latest", None, None, None, tmp_path, {"seed": 1}, labels="10pc", evaluators=None, tracking="none")
+        evaluation_request(
+            "latest", None, None, None, tmp_path, {"seed": 1}, labels="10pc", evaluators=None, tracking="none"
+        )
 
 
 @pytest.mark.parametrize(

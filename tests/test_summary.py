@@ -7,7 +7,7 @@ from typing import Any
 from harness.contracts import Row
 from harness.report.summary import summarise
 
-PLAIN: dict[str, Any] = {name: None for name in Row.model_fields} | {
+PLAIN: dict[str, Any] = dict.fromkeys(Row.model_fields) | {
     "config": {}, "dataset": "digits", "data_sha256": "", "data_verified": True, "pretrain_data": "train", "encoder": "e",
     "pretrain_id": "p", "eval_id": "e", "seed": 0, "labels": "all", "steps": 0, "images_seen": 0, "views_seen": 0,
     "device": "cpu", "precision": "fp32", "num_threads": 1, "deterministic": False, "torch_version": "", "harness_version": "",
@@ -15,8 +15,21 @@ PLAIN: dict[str, Any] = {name: None for name in Row.model_fields} | {
 }  # fmt: skip
 
 
-def row(method: str, readout: str | None, split: str, value: float, evaluator: str = "linear_probe", **more: Any) -> Row:
-    return Row(**{**PLAIN, "method": method, "readout": readout, "split": split, "value": value, "evaluator": evaluator, "metric": "top1", **more})
+def row(
+    method: str, readout: str | None, split: str, value: float, evaluator: str = "linear_probe", **more: Any
+) -> Row:
+    return Row(
+        **{
+            **PLAIN,
+            "method": method,
+            "readout": readout,
+            "split": split,
+            "value": value,
+            "evaluator": evaluator,
+            "metric": "top1",
+            **more,
+        }
+    )
 
 
 def both(method: str, readout: str | None, validation: float, test: float, **more: Any) -> list[Row]:
@@ -24,7 +37,12 @@ def both(method: str, readout: str | None, validation: float, test: float, **mor
 
 
 def test_the_headline_is_chosen_on_validation_for_every_arm() -> None:
-    rows = both("sc", "gap", 0.9, 0.8) + both("sc", "spatial", 0.8, 0.95) + both("random_init", "gap", 0.5, 0.9) + both("random_init", "spatial", 0.6, 0.7)
+    rows = (
+        both("sc", "gap", 0.9, 0.8)
+        + both("sc", "spatial", 0.8, 0.95)
+        + both("random_init", "gap", 0.5, 0.9)
+        + both("random_init", "spatial", 0.6, 0.7)
+    )
     lines = {line.method: line for line in summarise(rows)[0].lines}
     assert (lines["sc"].readout, lines["sc"].headline) == ("gap", 0.8)
     assert (lines["random_init"].readout, lines["random_init"].headline) == ("spatial", 0.7)
@@ -49,14 +67,20 @@ def test_folds_are_averaged_and_without_a_test_split_validation_is_shown() -> No
 def test_no_gain_is_shown_where_an_arm_has_not_converged() -> None:
     def rows(baseline_converged: bool) -> list[Row]:
         tuned = {"evaluator": "fine_tune"}
-        return both("sc", None, 0.9, 0.9, converged=True, **tuned) + both("random_init", None, 0.8, 0.8, converged=baseline_converged, **tuned)
+        return both("sc", None, 0.9, 0.9, converged=True, **tuned) + both(
+            "random_init", None, 0.8, 0.8, converged=baseline_converged, **tuned
+        )
 
     assert summarise(rows(True))[0].lines[0].gain_fine_tune is not None
     assert summarise(rows(False))[0].lines[0].gain_fine_tune is None
 
 
 def test_the_verdict_compares_with_the_best_floor() -> None:
-    rows = both("sc", "gap", 0.9, 0.9) + both("pixels", "pixels", 0.8, 0.8) + both("hog", "hog", 0.95, 0.95, evaluator="svm")
+    rows = (
+        both("sc", "gap", 0.9, 0.9)
+        + both("pixels", "pixels", 0.8, 0.8)
+        + both("hog", "hog", 0.95, 0.95, evaluator="svm")
+    )
     verdict = summarise(rows)[0].verdict("sc")
     assert "not above the best floor, hog at 0.9500" in verdict
     assert "above the best floor, pixels" in summarise(rows[:4])[0].verdict("sc")
