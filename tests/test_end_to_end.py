@@ -302,7 +302,7 @@ def test_a_signal_during_a_long_call_into_c_still_ends_the_process(tmp_path: Pat
     assert (last["kind"], last["status"]) == ("end", "INTERRUPTED")
 
 
-KILLED = ("run", "--method", "sc", "--dataset", "digits", "--epochs", "30", "--labels", "10pc", "--eval", "linear_probe,knn,fine_tune",
+KILLED = ("run", "--method", "sc", "--dataset", "digits", "--epochs", "100", "--labels", "10pc", "--eval", "linear_probe,knn,fine_tune",
           "--set", "num_threads=1", "--set", "eval.fine_tune.min_steps=60", "--tracking", "none", "--checkpoint-seconds", "0.5")  # fmt: skip
 
 
