@@ -43,7 +43,7 @@ class RunConfig(Config):
     seed: int = setting(
         0, "fixes initialisation, order, views and, unless --label-seed says otherwise, the labels", ge=0, le=2**62
     )
-    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 autocast where it is the faster one")
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 autocast where the device computes in it")
     num_threads: int | None = setting(
         None, "CPU threads of a step; none: one for small nets, else as many as torch finds", ge=1, le=4096
     )
