@@ -1,9 +1,9 @@
 """The views of contrastive methods: crops, colours, blur; batched, on the device, each sample with its own parameters.
 
-The formulas are torchvision's (RandomResizedCrop without antialiasing, ColorJitter, Grayscale, GaussianBlur), so a
-published recipe keeps its meaning; only where the random numbers come from differs. Images are floats in [0, 1],
-(B, C, H, W); `stream` names the view, and every choice appends its own word to it. Sums run in an order that does not
-depend on the batch, because a sample's view must not depend on its neighbours.
+The laws are torchvision's (RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur), so a published recipe keeps
+its meaning; only where the random numbers come from differs. What is done with them is in harness.image_operations.
+Images are floats in [0, 1], (B, C, H, W), float32 in whatever precision a method trains; `stream` names the view, and
+every choice appends its own word to it. A view depends on its image, seed and stream alone, to the last bit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
-from harness.augment import to_float, uniform
-from harness.contracts import Choice, Config, DatasetInfo, Range, setting
+from harness import image_operations as operations
+from harness.augment import chooses, integers, to_float, uniform
+from harness.contracts import Choice, Config, DatasetInfo, HarnessError, Range, setting
 
 TRIES = 10  # boxes drawn before RandomResizedCrop falls back to the centre
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop, uniform in the logarithm
 SIGMA = (0.1, 2.0)  # of the blur, pixels (Chen et al., 2020, appendix A)
 SMALL = 64  # pixels below which blur "auto" is off: Chen et al. leave it out on CIFAR-10 (appendix B.9)
+BRIGHT = 128 / 255  # from which solarisation inverts (Grill et al., 2020, appendix B)
+CHUNK = 90_000  # pixels worked on at a time on a CPU: of 2^15 to 2^18 the best for 32 and for 96 px on one core
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -50,148 +52,121 @@ def crop_boxes(
     shape = image_width / image_height  # the fallback is the largest centred box of an allowed aspect ratio
     widest = round(image_height * RATIO[1]) if shape > RATIO[1] else image_width
     tallest = round(image_width / RATIO[0]) if shape < RATIO[0] else image_height
-    width = torch.where(found, widths.gather(1, first)[:, 0], float(widest))
-    height = torch.where(found, heights.gather(1, first)[:, 0], float(tallest))
+    width = widths.gather(1, first)[:, 0].masked_fill(~found, widest)
+    height = heights.gather(1, first)[:, 0].masked_fill(~found, tallest)
     place = uniform(seeds, f"{stream}.place", (2,))
-    top = torch.where(found, (place[:, 0] * (image_height - height + 1)).floor(), (image_height - tallest) // 2)
-    left = torch.where(found, (place[:, 1] * (image_width - width + 1)).floor(), (image_width - widest) // 2)
+    top = (place[:, 0] * (image_height - height + 1)).floor().masked_fill(~found, (image_height - tallest) // 2)
+    left = (place[:, 1] * (image_width - width + 1)).floor().masked_fill(~found, (image_width - widest) // 2)
     return top, left, height, width
 
 
-def _source(start: Tensor, length: Tensor, out: int, flip: Tensor | None = None) -> Tensor:
-    """Where each of `out` pixels reads, in pixels of the whole image; never outside its own box -> (B, out)."""
-    pixel = torch.arange(out, dtype=torch.float32, device=start.device).expand(len(start), out)
-    if flip is not None:
-        pixel = torch.where(flip[:, None], out - 1 - pixel, pixel)
-    inside = ((pixel + 0.5) * (length / out)[:, None] - 0.5).clamp_min(0)
-    return torch.minimum(inside, (length - 1)[:, None]) + start[:, None]
-
-
-def resize_boxes(images: Tensor, boxes: tuple[Tensor, Tensor, Tensor, Tensor], flip: Tensor | None = None) -> Tensor:
-    """Cut a box out of each image and stretch it, bilinear without antialiasing, to the image's own size.
-
-    images (B, C, H, W) float, boxes as from `crop_boxes`; flip (B,) bool: mirror these horizontally.
-    """
-    top, left, height, width = boxes
-    batch, _, rows, columns = images.shape
-    y = (2 * _source(top, height, rows) + 1) / rows - 1
-    x = (2 * _source(left, width, columns, flip) + 1) / columns - 1
-    grid = torch.stack((x[:, None, :].expand(batch, rows, columns), y[:, :, None].expand(batch, rows, columns)), -1)
-    return functional.grid_sample(
-        images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False
-    )
-
-
 def random_resized_crop(
-    images: Tensor, seeds: Tensor, stream: str, scale: tuple[float, float], mirror: bool = False
+    images: Tensor,
+    seeds: Tensor,
+    stream: str,
+    scale: tuple[float, float],
+    mirror: bool = False,
+    size: int | None = None,
 ) -> Tensor:
-    """RandomResizedCrop to the image's own size and, if `mirror`, a flip of half of the samples, in one resampling."""
-    boxes = crop_boxes(seeds, f"{stream}.crop", (images.shape[2], images.shape[3]), scale)
-    return resize_boxes(images, boxes, uniform(seeds, f"{stream}.mirror") < 0.5 if mirror else None)
+    """RandomResizedCrop and, if `mirror`, a flip of half of the samples, in one resampling.
 
-
-# ----------------------------------------------------------------------------------------------------------- colours
-
-
-def luma(images: Tensor) -> Tensor:
-    """Grey level (B, 1, H, W) with ITU-R 601 weights as torchvision rounds them; the channels' mean unless RGB."""
-    if images.shape[1] != 3:
-        return images if images.shape[1] == 1 else images.mean(1, keepdim=True)
-    red, green, blue = images.split(1, 1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
-def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Rotate the HSV hue of RGB images (B, 3, H, W) by `turn` (B,) of a full circle."""
-    red, green, blue = images.unbind(1)
-    value, least = images.amax(1), images.amin(1)
-    spread = value - least
-    grey = spread == 0
-    divisor = torch.where(grey, 1.0, spread)
-    from_red, from_green, from_blue = ((value - channel) / divisor for channel in (red, green, blue))
-    sector = torch.where(value == green, 2 + from_red - from_blue, 4 + from_green - from_red)
-    sector = torch.where(value == red, from_blue - from_green, sector)
-    hue = (torch.where(grey, 0.0, sector / 6) + turn[:, None, None]) % 1.0
-    channels = []
-    for offset in (5, 3, 1):  # the closed form of HSV -> RGB: a trapezium over the circle, shifted per channel
-        position = (offset + 6 * hue) % 6
-        channels.append(value - spread * torch.minimum(position, 4 - position).clamp(0, 1))
-    return torch.stack(channels, 1)
-
-
-def adjust_colours(images: Tensor, factors: Tensor, turn: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, clamped after each, in every sample's own order.
-
-    factors (B, 3): of brightness, contrast, saturation, 1 changes nothing; turn (B,): of the hue, in circles;
-    order (B, 4): a permutation of (0, 1, 2, 3) = (brightness, contrast, saturation, hue). Saturation and hue leave
-    images alone that are not RGB.
+    size: side of the views in pixels; None: the image's own height and width
     """
-    rgb = images.shape[1] == 3
-    one = torch.ones_like(turn)
-    table = torch.stack((factors[:, 0], factors[:, 1], factors[:, 2] if rgb else one, one), 1)
-    for slot in range(4):
-        kind = order[:, slot, None, None, None]
-        factor = table.gather(1, order[:, slot, None])[:, :, None, None]
-        grey = luma(images)
-        # In float64 the rounded mean does not depend on the order of summation, which changes with the batch.
-        mean = grey.double().mean((1, 2, 3), keepdim=True).to(grey.dtype)
-        # The first three are one operation: blend with black, with the mean grey, with the pixel's own grey.
-        other = torch.where(kind == 2, grey, torch.where(kind == 1, mean, 0.0))
-        images = (images * factor + (1 - factor) * other).clamp(0, 1)
-        if rgb:
-            images = torch.where((kind == 3) & (turn != 0)[:, None, None, None], turn_hue(images, turn), images)
-    return images
+    boxes = crop_boxes(seeds, f"{stream}.crop", (images.shape[2], images.shape[3]), scale)
+    return operations.resize_boxes(images, boxes, _half(seeds, f"{stream}.mirror") if mirror else None, size)
 
 
-def colour_jitter(images: Tensor, seeds: Tensor, stream: str, strength: float, probability: float) -> Tensor:
-    """ColorJitter(0.8 s, 0.8 s, 0.8 s, 0.2 s) on a share `probability` of the samples (Chen et al., appendix A)."""
+def _half(seeds: Tensor, stream: str) -> Tensor:
+    return uniform(seeds, stream) < 0.5
+
+
+# ----------------------------------------------------------------------------------------------------- colours, blur
+
+
+def draw_jitter(seeds: Tensor, stream: str, strength: float, probability: float) -> tuple[Tensor, Tensor, Tensor]:
+    """factors, turn and order for `adjust_colours`: ColorJitter(0.8 s, 0.8 s, 0.8 s, 0.2 s) on a share of the samples
+    (Chen et al., appendix A), no change on the others."""
     applied = uniform(seeds, f"{stream}.jitter") < probability
     drawn = uniform(seeds, f"{stream}.jitter.amount", (4,))
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
-    factors = torch.where(applied[:, None], low + drawn[:, :3] * (high - low), 1.0)
-    turn = torch.where(applied, (2 * drawn[:, 3] - 1) * min(0.5, 0.2 * strength), 0.0)
-    order = uniform(seeds, f"{stream}.jitter.order", (4,)).argsort(1)
-    return adjust_colours(images, factors, turn, order)
+    factors = (low + drawn[:, :3] * (high - low)).masked_fill(~applied[:, None], 1.0)
+    turn = ((2 * drawn[:, 3] - 1) * min(0.5, 0.2 * strength)).masked_fill(~applied, 0.0)
+    return factors, turn, uniform(seeds, f"{stream}.jitter.order", (4,)).argsort(1)
+
+
+def colour_jitter(images: Tensor, seeds: Tensor, stream: str, strength: float, probability: float) -> Tensor:
+    """ColorJitter of strength s on a share `probability` of the samples."""
+    return operations.adjust_colours(images, *draw_jitter(seeds, stream, strength, probability))
 
 
 def grayscale(images: Tensor, seeds: Tensor, stream: str, probability: float) -> Tensor:
     """Replace all channels by the grey level in a share `probability` of the samples; nothing to do for one channel."""
     if images.shape[1] == 1:
         return images
-    chosen = uniform(seeds, f"{stream}.grayscale") < probability
-    return torch.where(chosen[:, None, None, None], luma(images).expand_as(images), images)
+    return operations.change_some(images, uniform(seeds, f"{stream}.grayscale") < probability, operations.to_grey)
 
 
-# -------------------------------------------------------------------------------------------------------------- blur
-
-
-def blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Separable Gaussian of `taps` (odd) pixels, sigma (B,) in pixels, reflected at the border (so taps // 2 < side).
-
-    Written as a sum of shifted images: the additions are the same whatever the batch, and no precision but the images'.
-    """
-    reach = taps // 2
-    offsets = torch.arange(-reach, reach + 1, dtype=sigma.dtype, device=sigma.device)
-    weights = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
-    weights = (weights / weights.double().sum(1, keepdim=True).to(weights.dtype)).to(images.dtype)
-    for axis, padding in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
-        side, padded = images.shape[axis], functional.pad(images, padding, mode="reflect")
-        images = torch.zeros_like(images)
-        for tap in range(taps):
-            images = images + weights[:, tap, None, None, None] * padded.narrow(axis, tap, side)
-    return images
+def draw_blur(seeds: Tensor, stream: str, probability: float) -> tuple[Tensor, Tensor]:
+    """chosen (B,) bool and sigma (B,), uniform in SIGMA."""
+    chosen = uniform(seeds, f"{stream}.blur") < probability
+    return chosen, SIGMA[0] + uniform(seeds, f"{stream}.blur.sigma") * (SIGMA[1] - SIGMA[0])
 
 
 def gaussian_blur(images: Tensor, seeds: Tensor, stream: str, probability: float) -> Tensor:
-    """Blur a share `probability` of the samples, sigma uniform in SIGMA, over a tenth of the side (at least 3 px)."""
+    """Blur a share `probability` of the samples over a tenth of the side (at least 3 px)."""
+    return _blurred(images, *draw_blur(seeds, stream, probability))
+
+
+def _blurred(images: Tensor, chosen: Tensor, sigma: Tensor) -> Tensor:
     side = min(images.shape[2], images.shape[3])
     taps = min(max(3, round(side * 0.1) // 2 * 2 + 1), 2 * side - 1)
-    chosen = uniform(seeds, f"{stream}.blur") < probability
-    sigma = SIGMA[0] + uniform(seeds, f"{stream}.blur.sigma") * (SIGMA[1] - SIGMA[0])
-    return torch.where(chosen[:, None, None, None], blur(images, sigma, taps), images)
+    return operations.change_some(images, chosen, lambda some, widths: operations.blur(some, widths, taps), sigma)
 
 
-# ------------------------------------------------------------------------------------------------------- whole views
+def solarise(images: Tensor, seeds: Tensor, stream: str, probability: float, threshold: float = BRIGHT) -> Tensor:
+    """RandomSolarize: invert the pixels of at least `threshold` in a share `probability` of the samples."""
+    chosen = uniform(seeds, f"{stream}.solarise") < probability
+    return _solarised(images, chosen, threshold)
+
+
+def _solarised(images: Tensor, chosen: Tensor, threshold: float = BRIGHT) -> Tensor:
+    return operations.change_some(images, chosen, lambda some: operations.invert_bright(some, threshold))
+
+
+# ----------------------------------------------------------------------------------------------------- turns, squares
+
+
+def random_turns(images: Tensor, seeds: Tensor, stream: str) -> Tensor:
+    """Turn each square image by 0, 90, 180 or 270 degrees; same type, any."""
+    return operations.quarter_turns(images, integers(seeds, f"{stream}.turns", 4))
+
+
+def grid_corners(seeds: Tensor, stream: str, image_size: tuple[int, int], cells: int, side: int, jitter: int) -> Tensor:
+    """Corners of one square in each cell of a grid: seeds (B,) -> (B, cells * cells, 2) int64 (top, left), row by row.
+
+    The image holds cells x cells equal cells (what is left over is the border). A square of `side` pixels lies in the
+    middle of its cell, moved along both axes so that `jitter` + 1 places are equally likely: 0 fixes the squares,
+    the cell's slack (cell - side) lets them touch. Jigsaw puzzles (Noroozi & Favaro, 2016): cells of 75 px, squares of
+    64, jitter 11; context prediction (Doersch et al., 2015): squares of 96, cells of 144, jitter 14.
+    Raises HarnessError where the squares do not fit.
+    """
+    starts = []
+    for axis, pixels in enumerate(image_size):
+        cell = pixels // cells
+        slack = cell - side
+        if side < 1 or not 0 <= jitter <= slack:
+            raise HarnessError(
+                f"squares of {side} px moved by {jitter} do not fit into cells of {cell} px ({pixels} px / {cells})"
+            )
+        first = (pixels - cell * cells) // 2 + (slack - jitter) // 2
+        cell_starts = torch.arange(cells, device=seeds.device) * cell + first
+        cell_starts = cell_starts.reshape((-1, 1) if axis == 0 else (1, -1))
+        moved = integers(seeds, f"{stream}.squares.{axis}", jitter + 1, (cells, cells))
+        starts.append((cell_starts + moved).flatten(1))
+    return torch.stack(starts, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- view maker
 
 
 class ViewConfig(Config):
@@ -226,33 +201,105 @@ class ViewConfig(Config):
         source="Chen et al., 2020: 0.5 on ImageNet, none on CIFAR-10",
         search=Choice(("auto", 0.0, 0.5)),
     )
+    solarise: Probability = setting(
+        0.0,
+        "share of views whose bright pixels are inverted",
+        source="none in Chen et al., 2020; 0.2 on one of two sides in Grill et al., 2020, appendix B",
+    )
+
+
+Drawn = dict[str, tuple[Tensor, ...]]  # what was drawn for each operation that is on, a row of each tensor per sample
+
+
+def _taken(drawn: Drawn, rows: Tensor) -> Drawn:
+    return {name: tuple(tensor[rows] for tensor in tensors) for name, tensors in drawn.items()}
 
 
 @dataclass(frozen=True)
 class ViewMaker:
-    """Crop and flip, colours, grey, blur, in this order: uint8 (B, C, H, W) -> float32 in [0, 1], outside autocast."""
+    """Crop and flip, colours, grey, blur, solarisation, in this order: uint8 (B, C, H, W) -> float32 in [0, 1].
+
+    scale: smallest and largest crop, share of the area; size: side of the views in pixels, None: the image's own
+    """
 
     config: ViewConfig
     mirror: bool
     blur: float
+    scale: tuple[float, float]
+    size: int | None = None
 
     @classmethod
-    def of(cls, config: ViewConfig, info: DatasetInfo) -> ViewMaker:
-        """Resolve what `auto` means for this data set."""
+    def of(
+        cls,
+        config: ViewConfig,
+        info: DatasetInfo,
+        *,
+        scale: tuple[float, float] | None = None,
+        size: int | None = None,
+    ) -> ViewMaker:
+        """Resolve what `auto` means for this data set; `scale` and `size` make the small local views of multi-crop
+        (Caron et al., 2020), scale None is (config.crop_scale, 1)."""
         blur_share = config.blur if config.blur != "auto" else 0.5 if min(info.image_size) >= SMALL else 0.0
-        return cls(config, info.mirror_keeps_label if config.mirror == "auto" else config.mirror, blur_share)
+        mirror = info.mirror_keeps_label if config.mirror == "auto" else config.mirror
+        return cls(config, mirror, blur_share, scale or (config.crop_scale, 1.0), size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, seeds: Tensor, stream: str) -> Tensor:
-        """One view of each image; another `stream` gives another view."""
-        config = self.config
+        """One view of each image; another `stream` gives another view. Made outside autocast."""
         with torch.autocast(images.device.type, enabled=False):
-            view = to_float(images).contiguous()
-            view = random_resized_crop(view, seeds, stream, (config.crop_scale, 1.0), self.mirror)
-            if config.jitter and config.jitter_probability:
-                view = colour_jitter(view, seeds, stream, config.jitter, config.jitter_probability)
-            if config.grayscale:
-                view = grayscale(view, seeds, stream, config.grayscale)
-            if self.blur:
-                view = gaussian_blur(view, seeds, stream, self.blur)
-            return view.clamp(0, 1)
+            drawn = self._draw(images, seeds, stream)
+            if not chooses(images, seeds):
+                return self._make(images, drawn)
+            return self._make_by_chunks(images, drawn)
+
+    def _draw(self, images: Tensor, seeds: Tensor, stream: str) -> Drawn:
+        """Every random choice of one view."""
+        config, channels = self.config, images.shape[1]
+        drawn: Drawn = {"crop": crop_boxes(seeds, f"{stream}.crop", (images.shape[2], images.shape[3]), self.scale)}
+        if self.mirror:
+            drawn["mirror"] = (_half(seeds, f"{stream}.mirror"),)
+        if config.jitter and config.jitter_probability:
+            drawn["jitter"] = draw_jitter(seeds, stream, config.jitter, config.jitter_probability)
+        if config.grayscale and channels > 1:
+            drawn["grey"] = (uniform(seeds, f"{stream}.grayscale") < config.grayscale,)
+        if self.blur:
+            drawn["blur"] = draw_blur(seeds, stream, self.blur)
+        if config.solarise:
+            drawn["solarise"] = (uniform(seeds, f"{stream}.solarise") < config.solarise,)
+        return drawn
+
+    def _make(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """What was drawn, carried out."""
+        flip = drawn["mirror"][0] if "mirror" in drawn else None
+        top, left, height, width = drawn["crop"]
+        view = operations.resize_boxes(to_float(images), (top, left, height, width), flip, self.size)
+        if "jitter" in drawn:
+            factors, turn, order = drawn["jitter"]
+            view = operations.adjust_colours(view, factors, turn, order)
+        if "grey" in drawn:
+            view = operations.change_some(view, drawn["grey"][0], operations.to_grey)
+        if "blur" in drawn:
+            chosen, sigma = drawn["blur"]
+            view = _blurred(view, chosen, sigma)
+        if "solarise" in drawn:
+            view = _solarised(view, drawn["solarise"][0])
+        return view
+
+    def _make_by_chunks(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """The same a few samples at a time, so that what is in between stays in a CPU's caches.
+
+        Samples whose colours change alike are taken together: fewer, larger operations.
+        """
+        batch, channels, height, width = images.shape
+        order = torch.arange(batch)
+        if "jitter" in drawn:
+            factors, turn, slots = drawn["jitter"]
+            order = operations.sorted_by_steps(operations.colour_steps(factors, turn, slots, channels == 3))
+        side = (height, width) if self.size is None else (self.size, self.size)
+        views = torch.empty(batch, channels, *side, dtype=torch.float32)
+        places, rows = views.unbind(), images.permute(0, 2, 3, 1)  # channels_last underneath: images are copied whole
+        for part in order.split(max(1, CHUNK // (height * width))):
+            made = self._make(rows.index_select(0, part).permute(0, 3, 1, 2), _taken(drawn, part))
+            for place, view in zip(part.tolist(), made.unbind(), strict=True):
+                places[place].copy_(view)  # a third of the time of index_copy_, which goes pixel by pixel
+        return views

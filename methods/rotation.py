@@ -14,21 +14,18 @@ from torch.nn import functional
 
 from harness.augment import shift_and_mirror, to_float
 from harness.contracts import Batch, Config, DatasetInfo, Encoder, HarnessError, Method, Range, setting
+from harness.image_operations import four_rotations
 
 __all__ = ["Rotation", "four_rotations"]
-
-
-def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, S, S) -> the images turned by 0, 90, 180 and 270 degrees (4N, C, S, S), and the quarter turns (4N,)."""
-    turned = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
-    return turned, torch.arange(4, device=images.device).repeat_interleave(len(images))
 
 
 class Rotation(Method):
     """Rotation prediction"""
 
+    tier = "ranked"
     family = "pretext"
     year = 2018
+    idea = "by which quarter turn was the image rotated?"
     source = "Gidaris, Singh & Komodakis, ICLR 2018, arXiv 1803.07728"
     views_per_image = 4
 

@@ -87,3 +87,29 @@ def test_shift_and_mirror_against_a_loop(mirror: bool, channels: int) -> None:
                 assert torch.equal(out[i, :, y, x], source)
     assert out.dtype == torch.uint8
     assert augment.shift_and_mirror(images, seeds, "v", 0, False) is images
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moving_rows_or_pixels_gives_the_same(
+    shift: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU moves rows, everything else pixels."""
+    images = torch.rand(40, 3, 7, 10, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+    seeds = augment.hash_seeds(2, 0, torch.arange(40))
+    rows = augment.shift_and_mirror(images, seeds, "v", shift, True)
+    monkeypatch.setattr(augment, "chooses", lambda *_: False)
+    pixels = augment.shift_and_mirror(images, seeds, "v", shift, True)
+    assert torch.equal(rows, pixels) and rows.stride() == pixels.stride()
+    assert not torch.equal(rows, images)
+
+
+def test_draws_and_mild_views_can_be_compiled_whole() -> None:
+    def step(images: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seeds = augment.hash_seeds(3, 1, indices)
+        return augment.uniform(seeds, "s", (2,)), augment.shift_and_mirror(images, seeds, "v", 2, True)
+
+    images, indices = torch.rand(6, 3, 5, 5), torch.arange(6)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)(images, indices)
+    for one, two in zip(compiled, step(images, indices), strict=True):
+        assert torch.equal(one, two)

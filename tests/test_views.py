@@ -1,18 +1,24 @@
-"""harness.views against torchvision's transforms, formula by formula and law by law."""
+"""harness.views against torchvision's transforms, law by law; and what a view may depend on."""
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from harness import registry, views
-from harness.augment import hash_seeds
-from harness.contracts import Batch, DatasetInfo
+from harness.augment import hash_seeds, shift_and_mirror
+from harness.contracts import Batch, DatasetInfo, HarnessError
 from harness.encoders import build
 
 
@@ -65,67 +71,8 @@ def test_where_no_box_fits_the_centre_is_taken_as_torchvision_does(height: int, 
     assert [side.tolist() for side in ours] == [[box[key]] * 5 for key in ("top", "left", "height", "width")]
 
 
-@pytest.mark.parametrize("side", [8, 32, 96])
-def test_resampling_is_torchvisions(side: int) -> None:
-    images = torch.rand(48, 3, side, side, generator=torch.Generator().manual_seed(1))
-    boxes = views.crop_boxes(seeds_of(48), "resample", (side, side), (0.08, 1.0))
-    flip = torch.arange(48) % 2 == 1
-    expected = torch.stack(
-        [
-            reference.resized_crop(image, *(int(part[i]) for part in boxes), [side, side], antialias=False)
-            for i, image in enumerate(images)
-        ]
-    )
-    assert (views.resize_boxes(images, boxes) - expected).abs().max() < 1e-4
-    mirrored = torch.where(flip[:, None, None, None], expected.flip(3), expected)
-    assert (views.resize_boxes(images, boxes, flip) - mirrored).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_colours_are_torchvisions_in_every_order(channels: int) -> None:
-    images = smooth(96, channels=channels)
-    images[:4] = images[:4, :1]  # greys, where hue is undefined
-    images[4, :, :8], images[5] = 0.0, 1.0
-    drawn = torch.rand(96, 4, generator=torch.Generator().manual_seed(2))
-    factors, turn = 0.2 + 1.6 * drawn[:, :3], drawn[:, 3] - 0.5
-    order = torch.rand(96, 4, generator=torch.Generator().manual_seed(3)).argsort(1)
-    steps = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
-    amounts = torch.cat((factors, turn[:, None]), 1)
-    expected = []
-    for i, image in enumerate(images):
-        for kind in order[i].tolist():
-            image = steps[kind](image, float(amounts[i, kind]))
-        expected.append(image)
-    assert (views.adjust_colours(images, factors, turn, order) - torch.stack(expected)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("kind", range(4))
-def test_each_colour_operation_alone(kind: int) -> None:
-    images = smooth(16)
-    amount = torch.linspace(-0.5, 0.5, 16) if kind == 3 else torch.linspace(0, 2, 16)
-    factors, turn = torch.ones(16, 3), torch.zeros(16)
-    if kind == 3:
-        turn = amount
-    else:
-        factors[:, kind] = amount
-    step = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
-    expected = torch.stack([step[kind](image, float(a)) for image, a in zip(images, amount, strict=True)])
-    found = views.adjust_colours(images, factors, turn, torch.arange(4).expand(16, 4))
-    assert (found - expected).abs().max() < 1e-5
-
-
 def test_jitter_is_drawn_over_the_whole_range_and_in_every_order() -> None:
-    seen: list[tuple[Tensor, ...]] = []
-    original = views.adjust_colours
-
-    def spy(images: Tensor, *drawn: Tensor) -> Tensor:
-        seen.append(drawn)
-        return original(images, *drawn)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(views, "adjust_colours", spy)
-        views.colour_jitter(torch.rand(4000, 3, 2, 2), seeds_of(4000), "jitter", 0.5, 0.8)
-    factors, turn, order = seen[0]
+    factors, turn, order = views.draw_jitter(seeds_of(4000), "jitter", 0.5, 0.8)
     unchanged = (factors == 1).all(1) & (turn == 0)
     assert float(unchanged.float().mean()) == pytest.approx(0.2, abs=0.03)
     changed = factors[~unchanged]
@@ -145,13 +92,6 @@ def test_grayscale() -> None:
     assert views.grayscale(single, seeds_of(2000), "grey", 1.0) is single
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 2.0])
-def test_blur_is_torchvisions(sigma: float) -> None:
-    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(4))
-    expected = reference.gaussian_blur(images, [9, 9], [sigma, sigma])
-    assert (views.blur(images, torch.full((4,), sigma), 9) - expected).abs().max() < 1e-6
-
-
 def test_blur_leaves_the_unchosen_alone_and_fits_tiny_images() -> None:
     images = torch.rand(1000, 1, 3, 3)
     found = views.gaussian_blur(images, seeds_of(1000), "blur", 0.5)
@@ -159,20 +99,76 @@ def test_blur_leaves_the_unchosen_alone_and_fits_tiny_images() -> None:
     assert 0.4 < float(same.float().mean()) < 0.6
 
 
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (96, 96), (9, 11)])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("side", [12, 96])
-def test_a_view_depends_on_its_sample_alone(side: int, channels: int) -> None:
+def test_a_view_depends_on_its_sample_alone(
+    height: int, width: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit: whatever the batch, its order, its memory layout and the chunks it is taken in."""
     generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (23, channels, side, side), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (23, channels, height, width), dtype=torch.uint8, generator=generator)
     images = images.to(memory_format=torch.channels_last)
-    maker, seeds = views.ViewMaker.of(views.ViewConfig(blur=0.5), info_of(side, True, channels)), seeds_of(23)
+    config = views.ViewConfig(blur=0.5, solarise=0.3, mirror=True)
+    maker, seeds = views.ViewMaker.of(config, info_of(height, True, channels)), seeds_of(23)
     whole = maker(images, seeds, "one")
     for part in (slice(0, 1), slice(1, 8), slice(8, 23)):
         assert torch.equal(whole[part], maker(images[part], seeds[part], "one"))
+    for pixels in (1, 4 * height * width):
+        monkeypatch.setattr(views, "CHUNK", pixels)
+        shuffled = torch.randperm(23, generator=generator)
+        assert torch.equal(whole[shuffled], maker(images[shuffled].contiguous(), seeds[shuffled], "one"))
     assert not torch.equal(whole, maker(images, seeds, "two"))
     assert whole.dtype == torch.float32 and whole.shape == images.shape and whole.min() >= 0 and whole.max() <= 1
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(whole, maker(images, seeds, "one"))
+
+
+def every_choice_on(size: int | None = None) -> tuple[views.ViewMaker, Tensor, Tensor]:
+    config = views.ViewConfig(blur=0.5, solarise=0.3, mirror=True)
+    images = (smooth(40, side=21) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    images[:3], images[3] = images[:3, :1], 255
+    return views.ViewMaker.of(config, info_of(21), size=size), images, seeds_of(40)
+
+
+@pytest.mark.parametrize("size", [None, 13])
+def test_views_are_the_same_bits_without_choosing(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU and a compiled step carry out, on a CPU."""
+    maker, images, seeds = every_choice_on(size)
+    chosen = maker(images, seeds, "view")
+    for module in (views, views.operations):
+        monkeypatch.setattr(module, "chooses", lambda *_: False)
+    assert torch.equal(chosen, maker(images, seeds, "view"))
+
+
+def test_views_can_be_compiled_whole() -> None:
+    maker, images, seeds = every_choice_on()
+    call = torch.compile(maker.__call__, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.equal(call(images, seeds, "view"), maker(images, seeds, "view"))
+
+
+def test_views_of_several_seeds_inside_vmap() -> None:
+    maker, images, seeds = every_choice_on()
+    stacked = torch.stack((images, images.flip(0))), torch.stack((seeds, seeds + 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says which operations it batches slowly
+        both = torch.func.vmap(lambda some, their: maker(some, their, "view"))(*stacked)
+    for one, some, their in zip(both, *stacked, strict=True):
+        assert torch.equal(one, maker(some, their, "view"))
+
+
+def test_small_views_of_large_images() -> None:
+    """Multi-crop: another size and range of areas, one call."""
+    maker = views.ViewMaker.of(views.ViewConfig(), info_of(96), scale=(0.05, 0.14), size=40)
+    ramp = torch.arange(96, dtype=torch.uint8).expand(200, 1, 96, 96)
+    local = maker(ramp, seeds_of(200), "local")
+    assert local.shape == (200, 1, 40, 40)
+    flat = views.ViewConfig(jitter=0.0, grayscale=0.0, blur=0.0)
+    plain = views.ViewMaker.of(flat, info_of(96), scale=(0.05, 0.14), size=40)(ramp, seeds_of(200), "local") * 255
+    across = (plain[:, 0, 0].amax(1) - plain[:, 0, 0].amin(1)) / (39 / 40)  # width of each crop, in pixels
+    assert 0.05**0.5 * 96 * 0.8 < float(across.min()) < float(across.max()) < 0.14**0.5 * 96 * 1.25
+    assert torch.equal(
+        plain, views.random_resized_crop(ramp / 255, seeds_of(200), "local", (0.05, 0.14), size=40) * 255
+    )
 
 
 def test_auto_follows_the_data_set() -> None:
@@ -193,15 +189,83 @@ def test_everything_off_is_the_image() -> None:
     assert (view - images.float() / 255)[whole].abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol", "rotation", "denoising_autoencoder"])
+def test_solarise() -> None:
+    images = torch.rand(2000, 3, 4, 4, generator=torch.Generator().manual_seed(9))
+    found = views.solarise(images, seeds_of(2000), "sun", 0.2, 0.6)
+    changed = (found != images).flatten(1).any(1)
+    assert float(changed.float().mean()) == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(found[changed], reference.solarize(images[changed], 0.6))
+    on, off = (
+        views.ViewMaker.of(views.ViewConfig(jitter=0.0, solarise=share), info_of(4))(images, seeds_of(2000), "sun")
+        for share in (0.2, 0.0)
+    )
+    expected = torch.where(changed[:, None, None, None], reference.solarize(off, 128 / 255), off)
+    assert torch.equal(on, expected)
+
+
+def test_random_turns_are_evenly_spread() -> None:
+    corner = torch.zeros(4000, 1, 2, 2, dtype=torch.uint8)
+    corner[:, 0, 0, 0] = 1
+    turned = views.random_turns(corner, seeds_of(4000), "turn").flatten(1).argmax(1)
+    assert stats.chisquare(torch.bincount(turned, minlength=4).numpy()).pvalue > 1e-3
+
+
+def test_grid_corners_cover_their_cells_evenly_and_nothing_else() -> None:
+    """96 x 98 px in 3 x 3 cells of 32: squares of 27 over 5 of the 6 places; 2 columns are left over."""
+    corners = views.grid_corners(seeds_of(3000), "jigsaw", (96, 98), 3, 27, 4)
+    assert corners.shape == (3000, 9, 2)
+    for place in range(9):
+        for axis, border in enumerate((0, 1)):
+            start = corners[:, place, axis] - border - 32 * (place // 3 if axis == 0 else place % 3)
+            counts = torch.bincount(start, minlength=6).numpy()
+            assert counts[5] == 0 and stats.chisquare(counts[:5]).pvalue > 1e-4
+    moves = (corners - corners.float().mean(0)).flatten(1).T.numpy()
+    assert np.abs(np.corrcoef(moves) - np.eye(18)).max() < 0.09  # squares and axes move independently
+    fixed = views.grid_corners(seeds_of(2), "jigsaw", (96, 96), 3, 28, 0)
+    assert fixed[0].tolist() == [[2 + 32 * row, 2 + 32 * column] for row in range(3) for column in range(3)]
+    with pytest.raises(HarnessError, match="squares of 30 px moved by 3 do not fit into cells of 32 px"):
+        views.grid_corners(seeds_of(2), "jigsaw", (96, 96), 3, 30, 3)
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses what makes a GPU wait for the host or the host for it, as far as fake tensors do not: copies."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, out)):
+            assert not isinstance(value, Tensor) or value.device.type == "cuda", f"{func} has a tensor on the CPU"
+        return out
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "rotation", "denoising_autoencoder", "sc"])
 def test_no_step_asks_anything_of_the_host(name: str) -> None:
-    """Fake tensors have shapes and no values; 96 px, so that the blur is on."""
+    """Fake tensors on a fake GPU have shapes and no values; 96 px, so that the blur is on."""
     info, plugin = info_of(96), registry.load_method(name)
-    method, indices = plugin(build("convnet_small", info), plugin.Config(), info), torch.arange(4)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        images = mode.from_tensor(torch.zeros(4, 3, 96, 96, dtype=torch.uint8))
-        batch = Batch(images, None, mode.from_tensor(indices), mode.from_tensor(seeds_of(4)))
-        out = method.loss(batch, mode.from_tensor(torch.tensor(0)))
+    with FakeTensorMode() as mode, torch.device("cuda"):
+        mode.__deepcopy__ = lambda _: mode  # type: ignore[attr-defined]  # a teacher lives in the same world
+        method = plugin(build("convnet_small", info), plugin.Config(), info)
+        images, indices = torch.zeros(4, 3, 96, 96, dtype=torch.uint8), torch.arange(4)
+        step = torch.zeros((), dtype=torch.int64)
+        with NothingFromTheHost():
+            out = method.loss(Batch(images, None, indices, hash_seeds(3, 1, indices)), step)
         with pytest.raises(DataDependentOutputException):
             out["loss"].item()
     assert all(value.shape == () for value in out.values())
+
+
+def test_no_view_asks_anything_of_the_host() -> None:
+    config = views.ViewConfig(blur=0.5, solarise=0.3, mirror=True)
+    maker = views.ViewMaker.of(config, info_of(30))
+    with FakeTensorMode(), torch.device("cuda"), NothingFromTheHost():
+        images, seeds = torch.zeros(4, 3, 30, 30, dtype=torch.uint8), hash_seeds(3, 1, torch.arange(4))
+        assert maker(images, seeds, "view").device.type == "cuda"
+        assert shift_and_mirror(images, seeds, "view", 2, True).device.type == "cuda"
+        assert views.random_turns(images, seeds, "view").device.type == "cuda"
+        corners = views.grid_corners(seeds, "view", (30, 30), 3, 8, 2)
+        assert views.operations.cut_squares(images, corners, 8).shape == (4, 9, 3, 8, 8)
+        with pytest.raises(AssertionError, match="on the CPU"):
+            torch.tensor(3)
+        with pytest.raises(DynamicOutputShapeException):
+            images[images > 0]
