@@ -5,6 +5,7 @@
 Folders are searched to any depth and images taken in the order of their paths; hidden files and files without an image
 suffix are passed over. Images of any size become squares of `--image-size` (default: the median short side, at most
 96): short side scaled, centre kept, antialiased. If every image of train/ and unlabeled/ is grey, there is one channel.
+Trees that decode to more than memory holds are decoded once, into a file below the data folder.
 Without train/ there are no labels, without test/ no test rows. Every problem file is named before any work begins.
 """
 
@@ -15,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from harness import images
+from harness import decoding, images, mapped
 from harness.contracts import Dataset, DatasetInfo, FileReport, HarnessError, Split
 from harness.images import shown
 
@@ -25,6 +26,7 @@ SPLITS = ("unlabeled", "train", "test")
 MAX_DEFAULT_SIDE = 96
 MAX_SIDE = 1024
 NAMED_PROBLEMS = 5
+DECODED = "decoded"  # below the data folder: pixels of trees that are larger than memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Folder(Dataset):
         self.path = Path(argument).expanduser()
         self._listings: dict[str, _Listing] | None = None
         self._surveyed: tuple[int, bool, dict[Path, str]] | None = None
-        self._splits: dict[str, Split] = {}
+        self._groups: dict[tuple[str, ...], tuple[dict[str, Split], dict[str, str]]] = {}
         self._info: DatasetInfo | None = None
 
     # ---- the Dataset contract
@@ -88,16 +90,14 @@ class Folder(Dataset):
         listings = self._listed()
         if name not in listings:
             raise HarnessError(f"data set folder has no split {name!r}; {shown(self.path)} has {', '.join(listings)}")
-        if name not in self._splits:
-            splits, wrong = self._read([name] if name == "test" else [other for other in listings if other != "test"])
-            self._refuse(wrong)
-            self._splits |= splits
-        return self._splits[name]
+        splits, wrong = self._read(self._group(name))
+        self._refuse(wrong)
+        return splits[name]
 
     def verify(self) -> list[FileReport]:
         """Decode every image of every split; one line per split, and one per file that cannot be used."""
         listings = self._listed()
-        _, wrong = self._read(list(listings))
+        wrong = {file: reason for name in listings for file, reason in self._read(self._group(name))[1].items()}
         reports = [FileReport(name, "broken", reason) for name, reason in sorted(wrong.items())]
         for name, listing in listings.items():
             readable = sum(self._name(file) not in wrong for file in listing.files)
@@ -114,20 +114,36 @@ class Folder(Dataset):
 
     # ---- reading
 
-    def _read(self, names: list[str]) -> tuple[dict[str, Split], dict[str, str]]:
-        """Decode splits: ({name: split}, {file or folder: what is wrong with it})."""
-        listings = self._listed()
-        wrong = {name: reason for listing in listings.values() for name, reason in listing.problems.items()}
-        side, grey, unreadable = self._survey()
-        splits = {}
-        for name in names:
-            listing = listings[name]
-            pixels, more = images.read_images([file for file in listing.files if file not in unreadable], side, grey)
-            unreadable = unreadable | more
-            if not unreadable:
-                labels = None if listing.labels is None else np.array(listing.labels, dtype=np.int64)
-                splits[name] = images.as_split(pixels, labels)
-        return splits, wrong | {self._name(file): reason for file, reason in unreadable.items()}
+    def _group(self, name: str) -> tuple[str, ...]:
+        """The splits that are decoded together with this one."""
+        return ("test",) if name == "test" else tuple(other for other in self._listed() if other != "test")
+
+    def _read(self, names: tuple[str, ...]) -> tuple[dict[str, Split], dict[str, str]]:
+        """Decode splits into one memory, in order (cached): ({name: split}, {file or folder: what is wrong with it})."""
+        if names not in self._groups:
+            listings = self._listed()
+            wrong = {name: reason for listing in listings.values() for name, reason in listing.problems.items()}
+            side, grey, unreadable = self._survey()
+            files = [file for name in names for file in listings[name].files if file not in unreadable]
+            pixels, more = self._decode(files, side, grey, "+".join(names))
+            wrong |= {self._name(file): reason for file, reason in (unreadable | more).items()}
+            splits: dict[str, Split] = {}
+            start = 0
+            for name in names if pixels is not None and not wrong else ():
+                labels, count = listings[name].labels, len(listings[name].files)
+                splits[name] = Split(pixels[start : start + count], None if labels is None else torch.tensor(labels))
+                start += count
+            self._groups[names] = splits, wrong
+        return self._groups[names]
+
+    def _decode(
+        self, files: list[Path], side: int, grey: bool, splits: str
+    ) -> tuple[torch.Tensor | None, dict[Path, str]]:
+        """(N, C, side, side) uint8 in memory if that holds them, else in a file below the data folder."""
+        if mapped.fits_in_memory(len(files) * side * side * (1 if grey else 3)):
+            pixels, wrong = images.read_images(files, side, grey)
+            return images.as_split(pixels, None).images, wrong
+        return decoding.decode_to_file(files, side, grey, self.root / DECODED, f"{self.path.absolute()}\n{splits}")
 
     def _survey(self) -> tuple[int, bool, dict[Path, str]]:
         """(side of the square images, whether all are grey, unusable files), from the headers of train/ and unlabeled/.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import os
+import subprocess
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -11,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import images
+from harness import decoding, images, mapped
 from harness.contracts import HarnessError
-from harness.datasets.folder import Folder
+from harness.datasets.folder import DECODED, Folder
 
 
 @pytest.fixture
@@ -234,3 +239,163 @@ def test_test_images_stay_shut_until_asked_for(root: Path, monkeypatch: pytest.M
     picture(root / "test/b/0.png")
     test = folder(root).split("test")
     assert test.labels is not None and test.labels.tolist() == [1], "numbered as in train/, where b is the second"
+
+
+# --------------------------------------------------------------------------------------------- larger than memory
+
+
+def tree(root: Path) -> None:
+    """Six images that can be used, of other sizes and values."""
+    noise = np.random.default_rng(0)
+    for number, name in enumerate(("train/a/0", "train/b/1", "train/b/2", "unlabeled/3", "unlabeled/4", "test/b/5")):
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (12 + number, 16, 3), dtype=np.uint8)).save(path)
+
+
+def decoded_here(files: list[Path], side: int, grey: bool, target: Path, size: int) -> dict[Path, str]:
+    pixels, wrong = images.read_images(files, side, grey)
+    assert pixels.nbytes == size
+    target.write_bytes(pixels.tobytes())
+    return wrong
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "available_bytes", lambda: 100)
+
+
+def test_worker_processes_decode_what_memory_does_not_hold(
+    root: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker dies of its first images; the one that replaces it makes the pixels that memory would hold."""
+    tree(root)
+    with monkeypatch.context() as plenty:
+        plenty.setattr(mapped, "available_bytes", lambda: 1 << 40)
+        expected = {name: folder(root).split(name) for name in ("unlabeled", "train")}
+    started: list[int] = []
+    true_start = decoding._Worker._start
+
+    def start(worker: decoding._Worker) -> None:
+        if not started:  # says that it is ready, and is gone when it is asked
+            worker.process = subprocess.Popen(["head", "-c1"], stdin=-1, stdout=-1, text=True)
+        else:
+            true_start(worker)
+        started.append(1)
+
+    monkeypatch.setattr(decoding._Worker, "_start", start)
+    dataset = folder(root)
+    for name, split in expected.items():
+        found = dataset.split(name)
+        assert mapped.is_mapped(found.images) and torch.equal(found.images, split.images)
+        assert found.images.is_contiguous(memory_format=torch.channels_last)
+        assert (found.labels is None) == (split.labels is None)
+        assert split.labels is None or found.labels is None or torch.equal(found.labels, split.labels)
+    assert len(started) == 2
+    parts = [dataset.split(name).images for name in ("unlabeled", "train")]
+    assert mapped.join(parts).data_ptr() == parts[0].data_ptr(), "pretraining on both takes no copy"
+
+
+def test_a_worker_names_what_it_cannot_use(
+    root: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree(root)
+    broken = root / "unlabeled/3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+
+    def ask(worker: decoding._Worker, start: int, files: list[str]) -> dict[int, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([start, files]) + "\n"))
+        with warnings.catch_warnings():
+            decoding._serve(worker.words[0], int(worker.words[1]), worker.words[2] == "grey")
+        ready, answer = capsys.readouterr().out.splitlines()
+        assert ready == "ready"
+        return {int(position): reason for position, reason in json.loads(answer).items()}
+
+    monkeypatch.setattr(decoding._Worker, "_ask", ask)
+    message = refusal(folder(root))
+    assert "1 under" in message and "unlabeled/3.png (" in message and "crashed" not in message
+    kept = root.parent / "data" / DECODED
+    assert not list(kept.glob("*.pixels")) and not list(kept.glob("*.tmp")), "nothing half done is kept"
+
+
+def test_a_decoder_that_always_crashes_names_its_files(
+    root: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(root)
+
+    def ask(worker: object, start: int, files: list[str]) -> dict[int, str] | None:
+        return None if any(file.endswith("4.png") for file in files) else {}
+
+    monkeypatch.setattr(decoding._Worker, "_ask", ask)
+    assert "unlabeled/4.png (its decoder crashed): mend" in refusal(folder(root))
+
+
+def test_workers_that_cannot_start_are_one_line(
+    root: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(root)
+    monkeypatch.setattr(decoding.sys, "executable", "/bin/false")
+    assert "could not start (exit status 1)" in refusal(folder(root))
+
+
+def test_decoded_files_are_used_again_checked_and_replaced(
+    root: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(root)
+    decodings: list[int] = []
+
+    def decode(files: list[Path], *facts: object) -> dict[Path, str]:
+        decodings.append(len(files))
+        return decoded_here(files, *facts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoding, "_decode", decode)
+    kept = root.parent / "data" / DECODED
+    first = folder(root).split("train").images
+    assert decodings == [5] and torch.equal(folder(root).split("train").images, first) and decodings == [5]
+    test = folder(root).split("test").images
+    assert decodings == [5, 1] and len(list(kept.glob("*.pixels"))) == 2
+
+    damaged = max(kept.glob("*.pixels"), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    for damage in (content[:-1], bytes([content[0] ^ 1]) + content[1:]):
+        damaged.unlink()
+        damaged.write_bytes(damage)
+        decodings.clear()
+        assert torch.equal(folder(root).split("train").images, first) and decodings == [5]
+
+    os.utime(root / "train/a/0.png", ns=(1, 1))
+    assert torch.equal(folder(root).split("train").images, first) and decodings == [5, 5]
+    assert not damaged.exists() and len(list(kept.glob("*.pixels"))) == 2, "the earlier file is gone, test's is not"
+    assert torch.equal(folder(root).split("test").images, test) and decodings == [5, 5]
+    assert folder(root, 4).split("train").images.shape[2:] == (4, 4) and len(list(kept.glob("*.pixels"))) == 3
+
+
+def test_a_full_disk_is_one_line(root: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(root)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    assert "disk full" in refusal(folder(root))
+    assert not list((root.parent / "data" / DECODED).glob("*.tmp"))
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_line(root: Path, little_memory: None) -> None:
+    tree(root)
+    (root.parent / "data").write_text("a file where the data folder would be")
+    assert "too many for memory" in refusal(folder(root))
+
+
+def test_images_are_decoded_once_for_all_questions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(root)
+    read: list[int] = []
+    true_read = images.read_images
+    monkeypatch.setattr(images, "read_images", lambda files, *a: (read.append(len(files)), true_read(files, *a))[1])
+    dataset = folder(root)
+    for _ in range(2):
+        dataset.verify()
+        _ = dataset.info
+    for name in ("train", "unlabeled", "test"):
+        dataset.split(name)
+    assert read == [5, 1]

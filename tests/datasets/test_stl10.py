@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness import mapped
 from harness.contracts import HarnessError
 from harness.datasets import stl10
 from harness.datasets.stl10 import STL10
@@ -34,6 +35,26 @@ def test_reads_what_was_written(
             assert split.labels is None
         else:
             np.testing.assert_array_equal(split.labels, labels)
+
+
+@pytest.mark.parametrize("order", [("train", "unlabeled"), ("unlabeled", "train")])
+@pytest.mark.parametrize("memory", [1 << 40, 100])
+def test_pretraining_on_both_splits_takes_no_second_memory(
+    written: dict[str, tuple[np.ndarray, np.ndarray | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    order: tuple[str, str], memory: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(mapped, "available_bytes", lambda: memory)
+    files = sorted(tmp_path.rglob("*"))
+    dataset = STL10(tmp_path)
+    for name in order:
+        dataset.split(name)
+    parts = [dataset.split(name).images for name in ("unlabeled", "train")]
+    whole = mapped.join(parts)
+    assert whole.data_ptr() == parts[0].data_ptr() and mapped.is_mapped(whole) == (memory == 100)
+    expected = np.concatenate([written[name][0] for name in ("unlabeled", "train")])
+    np.testing.assert_array_equal(whole.permute(0, 2, 3, 1), expected)
+    np.testing.assert_array_equal(dataset.split("test").images.permute(0, 2, 3, 1), written["test"][0])
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_layout_is_column_major(tmp_path: Path, written: object) -> None:
