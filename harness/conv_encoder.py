@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from harness.contracts import DatasetInfo, Encoder, HarnessError, ReceptiveField
 from harness.receptive_field import compose, output_side
@@ -20,7 +22,7 @@ class ConvEncoder(Encoder):
     side below 3 keeps that side). `image_size` and `channels` are those it was built for.
     """
 
-    readouts = ("gap", "spatial")
+    readouts: tuple[str, ...] = ("gap", "spatial")
 
     def __init__(self, name: str, info: DatasetInfo) -> None:
         super().__init__()
@@ -81,8 +83,18 @@ class ConvEncoder(Encoder):
     def forward(self, images: Tensor) -> Tensor:
         feature_map = self.normalise(images)
         for stage in self.stages().values():
-            feature_map = stage(feature_map)
+            feature_map = self._run(stage, feature_map)
         return feature_map
+
+    def _run(self, stage: Callable[[Tensor], Tensor], feature_map: Tensor) -> Tensor:
+        """One stage; with `activation_checkpointing` its inside is computed again in the backward pass."""
+        if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
+            return stage(feature_map)
+        result = checkpoint(
+            stage, feature_map, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_statistics(self))
+        )
+        assert isinstance(result, Tensor)
+        return result
 
     def forward_to(self, images: Tensor, layer: str) -> Tensor:
         return self.forward_layers(images, (layer,))[0]
@@ -96,7 +108,7 @@ class ConvEncoder(Encoder):
         for name, stage in self.stages().items():
             if len(maps) == len(set(layers)):
                 break
-            feature_map = stage(feature_map)
+            feature_map = self._run(stage, feature_map)
             if name in layers:
                 maps[name] = feature_map
         return tuple(maps[layer] for layer in layers)
@@ -125,3 +137,15 @@ class ConvEncoder(Encoder):
             if name == layer:
                 break
         return compose(path)
+
+
+@contextmanager
+def _same_statistics(module: nn.Module) -> Iterator[None]:
+    """Put the running statistics back at the end: a pass that repeats another one must not count twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)

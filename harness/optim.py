@@ -115,7 +115,10 @@ class Lars(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].mul_(group["momentum"]).add_(update)
-                p.add_(state["momentum"], alpha=-group["lr"])
+                if isinstance(group["lr"], Tensor):
+                    p.sub_(group["lr"] * state["momentum"])
+                else:
+                    p.add_(state["momentum"], alpha=-group["lr"])
         return loss
 
 
@@ -146,6 +149,26 @@ def build(config: OptimConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, times its `lr_scale`."""
+    """Set the learning rate of every group, times its `lr_scale`; in place where a graph reads it from a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        rate = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def hold(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keep rates and step counts in tensors on `device`, so that a captured step can be replayed with other rates."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), float(group["lr"]), device=device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Undo `hold`."""
+    for group in optimizer.param_groups:
+        group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False

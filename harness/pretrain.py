@@ -6,7 +6,6 @@ and resumed from its last state gives the bits of an undisturbed one (same machi
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness import checkpoint
 from harness import optim as optimisers
-from harness.augment import hash_seeds, stream_key
 from harness.batches import Batches
 from harness.contracts import Method
+from harness.step import Mode, Step, StepConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Plan:
     schedule: optimisers.ScheduleConfig
     bf16: bool
     checkpoint_seconds: float = 10.0
+    accumulate: int = 1
+    mode: Mode = "off"
 
     @property
     def log_every(self) -> int:
@@ -53,30 +54,35 @@ class State:
 
 @dataclass(frozen=True)
 class Finished:
-    """curve: [{"step": n, "loss": mean, ...monitors}]; seconds over all attempts; executed steps of this process."""
+    """curve: [{"step": n, "loss": mean, ...monitors}]; seconds over all attempts; executed steps of this process;
+    mode: how the steps were made, after any fall-back."""
 
     curve: list[dict[str, float]]
     seconds: float
     executed: int
     failed_at: int | None
+    mode: Mode = "off"
 
 
 LogFunction = Callable[[int, dict[str, float], int], None]
 
 
-def step_generator_seed(seed: int, step: int) -> int:
-    """What the default generator is seeded with before `step` (dropout)."""
-    return int(hash_seeds(seed, step, torch.tensor([stream_key("dropout")]))[0]) & 0x7FFF_FFFF_FFFF_FFFF
-
-
-def train(module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_log: LogFunction) -> Finished:
+def train(
+    module: nn.Module,
+    data: Batches,
+    plan: Plan,
+    folder: Path | None,
+    on_log: LogFunction,
+    note: Callable[[str], None] = lambda _: None,
+) -> Finished:
     """Optimise `module.loss(batch, step)["loss"]` in place; resume from `folder` if it holds a state.
 
     `on_log(step, means, executed)` is called once per log interval, with the means since the last call, and is the
     only place where the loop waits for the device. A non-finite loss ends training with the weights before it
-    (`failed_at`): they are had by going back to the last state and repeating the good steps.
+    (`failed_at`): they are had by going back to the last state and repeating the good steps. `note` hears of it when
+    steps cannot be compiled or captured as planned.
     """
-    session = _Session(module, data, plan, folder, on_log)
+    session = _Session(module, data, plan, folder, on_log, note)
     session.restore()
     start = session.state.step
     session.run(plan.steps)
@@ -86,20 +92,30 @@ def train(module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_
     if session.state.failed_at is not None:
         session.go_back(session.state.failed_at)
     session.save()
+    session.optimizer.zero_grad(set_to_none=True)
     state = session.state
-    return Finished(state.curve, state.seconds, executed, state.failed_at)
+    return Finished(state.curve, state.seconds, executed, state.failed_at, session.step.mode)
 
 
 class _Session:
     """One attempt at one training."""
 
-    def __init__(self, module: nn.Module, data: Batches, plan: Plan, folder: Path | None, on_log: LogFunction) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Batches,
+        plan: Plan,
+        folder: Path | None,
+        on_log: LogFunction,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.module, self.data, self.plan, self.folder, self.on_log = module, data, plan, folder, on_log
         groups = module.parameter_groups() if isinstance(module, Method) else [{"params": list(module.parameters())}]
         self.optimizer = optimisers.build(plan.optim, groups)
         self.plateau = optimisers.Plateau(plan.schedule)
+        config = StepConfig(plan.bf16, plan.optim.clip_norm, plan.accumulate, plan.mode)
+        self.step = Step(module, self.optimizer, config, data.device, plan.seed, note)
         self.state = State()
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._initial = copy.deepcopy(self._snapshot())
 
     def _snapshot(self) -> dict[str, Any]:
@@ -115,6 +131,7 @@ class _Session:
         saved = (checkpoint.load_state(self.folder) if self.folder else None) or copy.deepcopy(self._initial)
         self.module.load_state_dict(saved["module"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.step.reset()
         self.plateau.load(saved["plateau"])
         self.state = State(**saved["state"])
 
@@ -128,58 +145,36 @@ class _Session:
                 return
 
     def _finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.parameters)
+        return all(bool(torch.isfinite(p).all()) for p in self.step.parameters)
 
     def save(self) -> None:
         if self.folder:
             checkpoint.save_state(self.folder, self.state.step, self._snapshot())
         self._saved_at = time.monotonic()
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.data.device.type, torch.bfloat16, enabled=self.plan.bf16)
-
     def run(self, until: int, watch: bool = True) -> None:
         """The loop. `watch` False repeats steps known to be good without logging or saving."""
-        loss: Any = self.module.loss
-        device, plan, state, epoch_steps = self.data.device, self.plan, self.state, self.data.steps_per_epoch
+        plan, state, epoch_steps = self.plan, self.state, self.data.steps_per_epoch
         self.module.train()
         self._saved_at, began, before = time.monotonic(), time.monotonic(), state.seconds
-        sums: dict[str, Tensor] = {}
-        bad = torch.full((), -1, dtype=torch.int64, device=device)
         counted = executed = 0
         while state.step < until:
-            step = state.step
-            if step % epoch_steps == 0 and isinstance(self.module, Method):
-                self.module.on_epoch_start(self.data, step // epoch_steps)
-            batch = self.data.at(step)
-            torch.manual_seed(step_generator_seed(plan.seed, step))
-            factor = optimisers.schedule_factor(plan.schedule, step, plan.steps) * self.plateau.factor
-            optimisers.set_rate(self.optimizer, plan.optim.lr * factor)
-            with self.autocast():
-                losses = loss(batch, torch.tensor(step, device=device))
-            losses["loss"].backward()
-            if plan.optim.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.parameters, plan.optim.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if isinstance(self.module, Method):
-                self.module.after_step(torch.tensor((step + 1) / plan.steps, device=device))
-            bad = torch.where((bad < 0) & ~torch.isfinite(losses["loss"].detach()), step, bad)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-            state.step, counted, executed = step + 1, counted + 1, executed + 1
+            if state.step % epoch_steps == 0 and isinstance(self.module, Method):
+                self.module.on_epoch_start(self.data, state.step // epoch_steps)
+            factor = optimisers.schedule_factor(plan.schedule, state.step, plan.steps) * self.plateau.factor
+            batch, done = self.data.at(state.step), (state.step + 1) / plan.steps
+            self.step(batch, state.step, done, plan.optim.lr * factor)
+            state.step, counted, executed = state.step + 1, counted + 1, executed + 1
             epoch_ended = plan.schedule.name == "plateau" and state.step % epoch_steps == 0
             if state.step % plan.log_every and state.step < until and not epoch_ended:
                 continue
-            # one read of the device per interval
+            sums, bad = self.step.read()  # one read of the device per interval
             state.seconds = before + time.monotonic() - began
-            if watch and int(bad) >= 0:
-                state.failed_at = int(bad)
+            if watch and bad >= 0:
+                state.failed_at = bad
                 return
-            self._interval_ended(
-                {k: float(v) for k, v in sums.items()}, counted, epoch_ended, executed if watch else None
-            )
-            sums, counted, executed = {}, 0, 0
+            self._interval_ended(sums, counted, epoch_ended, executed if watch else None)
+            counted = executed = 0
 
     def _interval_ended(self, sums: dict[str, float], counted: int, epoch_ended: bool, executed: int | None) -> None:
         state = self.state

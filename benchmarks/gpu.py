@@ -1,0 +1,148 @@
+"""Everything that is measured on one CUDA device, in under 8 minutes: the other benchmarks, then complete runs.
+
+    python benchmarks/gpu.py [--parts ceiling augment sc_head peers seeds runs mnist] [--seconds 40]
+                             [--data-dir DATA] [--workers 16] [--out FOLDER]
+
+`runs` trains by the real loop on resident random pixels of the data sets' shapes for `--seconds` each, compilation and
+capture apart, and extrapolates whole trainings from the measured images/s (random pixels: about time, nothing is
+learnt). `mnist` is one complete `harness run --method sc --recipe paper-mnist` on real MNIST under --data-dir, wall
+clock from the command line to its table. A part that fails says so in one line and the others go on. Every part's
+output goes to --out as well.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measuring import Bench, options, synchronise
+
+from harness import registry
+from harness.arms import build_method, resolve_precision
+from harness.batches import Batches
+from harness.config import Layers, resolve
+from harness.contracts import DatasetInfo
+from harness.optim import build as build_optimizer
+from harness.step import Step, StepConfig, resolve_mode
+
+HERE = Path(__file__).resolve().parent
+# title: (method, encoder, side, images in the data set, batch, epochs that are extrapolated to, settings)
+RUNS = {
+    "SC, CIFAR-10-shaped, 50 epochs": ("sc", "paper_cifar10", 32, 50_000, 512, 50, {}),
+    "SC, STL-10-shaped, 105k x 100 epochs": ("sc", "paper_stl10", 96, 105_000, 256, 100, {}),
+    "SimCLR, ResNet-18, CIFAR-10-shaped, 200 epochs": ("simclr", "resnet18_small", 32, 50_000, 512, 200, {}),
+}
+SCRIPTS = {
+    "ceiling": ["ceiling.py"], "augment": ["augment.py"], "sc_head": ["sc_head.py"], "seeds": ["seeds.py"],
+    "peers": ["peers.py"], "scaling": ["scaling.py"],
+}  # fmt: skip
+
+
+def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: int) -> list[object]:
+    """One row: images/s of the real step on resident data, and what a whole training would take."""
+    method_name, encoder, side, count, batch, epochs, settings = RUNS[title]
+    device, count, batch = bench.device, max(64, count // scale), max(8, batch // scale)
+    info = DatasetInfo(
+        "random", "random pixels", tuple("0123456789"), (side, side), 3, (0.5,) * 3, (0.25,) * 3, {"train": count},
+        "", "", encoder, "train", True,
+    )  # fmt: skip
+    layers = Layers(flags={"encoder.name": encoder}, overrides={"batch_size": batch, **settings})
+    config = resolve(method_name, "random", layers, default_encoder=encoder)
+    method = build_method(method_name, config, info).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    data = Batches(images, None, batch_size=batch, seed=0, device=device)
+    steps = epochs * data.steps_per_epoch
+    plugin = registry.load_method(method_name)
+    mode = resolve_mode(mode_name, device, steps, "" if plugin.graphable else plugin.why_not_graphable)
+    bf16 = resolve_precision("auto", device) == "bf16"
+    optimizer = build_optimizer(config.optim, method.parameter_groups())
+    step = Step(method.train(), optimizer, StepConfig(bf16, mode=mode), device, 0, print)
+    began = time.perf_counter()
+    step(data.at(0), 0, 0.0, 0.01)
+    synchronise(device)
+    first = time.perf_counter() - began
+    for number in range(1, 11):
+        step(data.at(number), number, 0.0, 0.01)
+    step.read()
+    number, began = 11, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(20):
+            step(data.at(number), number, 0.0, 0.01)
+            number += 1
+        step.read()
+    took = time.perf_counter() - began
+    rate = (number - 11) * batch / took
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return [title, f"{'bf16' if bf16 else 'fp32'}, {step.mode}", batch, first, took, rate, epochs * count / rate, peak]
+
+
+def complete_mnist(bench: Bench, data_dir: Path) -> list[object]:
+    """Wall seconds of one command on real MNIST, and its exit code."""
+    with tempfile.TemporaryDirectory() as workspace:
+        words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline", "--no-control"]
+        words += ["--data-dir", str(data_dir), "--workspace", workspace, "--device", str(bench.device)]
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", "from harness.cli import main; main()", *words], capture_output=True, text=True
+        )
+        took = time.perf_counter() - began
+    last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
+    return ["harness " + " ".join(words[:5]), took, done.returncode, last[0][:90] if last and done.returncode else ""]
+
+
+def part(bench: Bench, name: str, script: list[str], out: Path | None) -> list[object]:
+    """Run another benchmark on the device, its tables passed through."""
+    command = [sys.executable, str(HERE / script[0]), "--device", str(bench.device), *script[1:]]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    took = time.perf_counter() - began
+    if not bench.as_json:
+        print(f"\n== {name}\n{done.stdout.strip()}", flush=True)
+    if out is not None:
+        (out / f"{name}.txt").write_text(done.stdout + (done.stderr[-2000:] if done.returncode else ""))
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+    return [name, took, done.returncode, last[0][:90] if last and done.returncode else ""]
+
+
+def main() -> None:
+    """Measure and print."""
+    parts = [*SCRIPTS, "runs", "mnist"]
+    chosen, bench = options(
+        "gpu", __doc__ or "", parts={"nargs": "+", "choices": parts, "default": [p for p in parts if p != "scaling"]},
+        seconds={"type": float, "default": 40.0, "help": "of training per run that is extrapolated"},
+        data_dir={"type": Path, "default": None, "help": "where real MNIST is"}, out={"type": Path, "default": None},
+        workers={"type": int, "default": min(16, os.cpu_count() or 1), "help": "of the peers' loaders"},
+        compile={"default": "auto", "help": "as `harness run --compile`"},
+        scale={"type": int, "default": 1, "help": "divides image counts and batches, to try the script on a CPU"},
+    )  # fmt: skip
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    SCRIPTS["peers"] += ["--workers", str(chosen.workers)]
+    ended: list[list[object]] = []
+    for name in chosen.parts:
+        if name in SCRIPTS:
+            ended.append(part(bench, name, SCRIPTS[name], chosen.out))
+    if "runs" in chosen.parts:
+        rows = []
+        for title in RUNS:
+            try:
+                rows.append(train_for(bench, title, chosen.seconds, chosen.compile, chosen.scale))
+            except Exception as error:  # one run that does not fit must not cost the others
+                ended.append([title, None, 1, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"])
+        bench.table(
+            "Training by the real loop on resident random pixels; the whole training is extrapolated",
+            ["run", "step", "batch", "first step s", "measured s", "images/s", "whole s", "peak GiB"], rows,
+        )  # fmt: skip
+    if "mnist" in chosen.parts and chosen.data_dir is not None:
+        ended.append(complete_mnist(bench, chosen.data_dir))
+    bench.table("Parts and complete runs: wall seconds", ["part", "seconds", "exit code", "error"], ended)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
