@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from harness.augment import integers
 from harness.contracts import HarnessError, ReceptiveField
+from harness.heads import wide
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,35 @@ class PatchGeometry:
 def patches_at(feature_map: Tensor, size: int, corners: Tensor, samples: Tensor | None = None) -> Tensor:
     """Cut one square of cells out of each map.
 
-    feature_map (B, C, H, W); corners (N, 2) int64 rows and columns; samples (N,) int64 which map each is cut from
-    (None: map n for corner n) -> (N, size, size, C). One gather: 80 times a loop over images.
+    feature_map (B, C, H, W), best channels_last; corners (N, 2) int64 rows and columns; samples (N,) int64 which map each
+    is cut from (None: map n for corner n) -> (N, size, size, C). One selection of rows of the (B * H * W, C) table that
+    a channels_last map is: 3 to 10 times as fast as indexing with three tensors, its gradient 1.5 to 5 times.
     """
+    _, channels, height, width = feature_map.shape
     if samples is None:
         samples = torch.arange(len(corners), device=feature_map.device)
     cells = torch.arange(size, device=feature_map.device)
     rows, columns = corners[:, :1] + cells, corners[:, 1:] + cells
-    return feature_map.permute(0, 2, 3, 1)[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+    places = (samples[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+    table = feature_map.permute(0, 2, 3, 1).reshape(-1, channels)
+    return table.index_select(0, places.flatten()).reshape(-1, size, size, channels)
+
+
+def patch_means(feature_map: Tensor, size: int, corners: Tensor) -> Tensor:
+    """The mean over the cells of P patches of each map, in at least float32.
+
+    feature_map (B, C, H, W), best channels_last; corners (B, P, 2) int64 -> (B, P, C). One product with masks: the map
+    is read once and its gradient written once, whatever P is.
+    """
+    _, channels, height, width = feature_map.shape
+    inside = []
+    for axis, side in enumerate((height, width)):
+        offset = torch.arange(side, device=corners.device) - corners[..., axis, None]
+        inside.append((offset >= 0) & (offset < size))
+    table = wide(feature_map.permute(0, 2, 3, 1).reshape(-1, height * width, channels))
+    masks = (inside[0][..., :, None] & inside[1][..., None, :]).flatten(2).to(table.dtype) / size**2
+    with torch.autocast(feature_map.device.type, enabled=False):
+        return masks @ table
 
 
 def sample_patches(

@@ -33,8 +33,16 @@ from harness.contracts import (
     Range,
     setting,
 )
-from harness.heads import Distance, all_distances, pair_distances, projector, wide
-from harness.patches import PatchGeometry, PatchSampler, crop_windows, hand_statistics, patches_at, sample_patches
+from harness.heads import Distance, all_distances, contrast_points, pair_distances, projector, wide
+from harness.patches import (
+    PatchGeometry,
+    PatchSampler,
+    crop_windows,
+    hand_statistics,
+    patch_means,
+    patches_at,
+    sample_patches,
+)
 
 __all__ = [
     "SpatialContrasting", "contrast", "pair_contrasting_loss", "patches_at", "retrieval_top1", "sample_patches",
@@ -42,6 +50,7 @@ __all__ = [
 ]  # fmt: skip
 
 NUM_RETRIEVED, NUM_RETRIEVALS = 128, 8  # images among which diagnostics look for a partner, and how often
+REDRAW_BYTES = 4 * 2**30  # of the N x N patches that Algorithm 1 draws; training holds about four times as much
 
 # -------------------------------------------------------------------------------------------------------- criterion
 
@@ -71,7 +80,7 @@ def spatial_contrasting_loss(
 
     anchors, positives (N, D): one patch each of image i in row i -> scalar, float32 (float64 for float64 input).
     """
-    return contrast(all_distances(anchors, positives, distance), symmetric=symmetric, temperature=temperature)
+    return contrast_points(anchors, positives, distance=distance, symmetric=symmetric, temperature=temperature)[0]
 
 
 def pair_contrasting_loss(
@@ -86,6 +95,10 @@ def pair_contrasting_loss(
     own = [pair_distances(image[0], image[1], distance) for image in (first, second)]
     losses = [functional.softplus((positive - between) / temperature) for positive in own]
     return torch.stack(losses).mean()
+
+
+def _mean(values: tuple[Tensor, ...]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------- method
@@ -208,48 +221,63 @@ class SpatialContrasting(Method):
 
     def loss(self, batch: Batch, step: Tensor) -> dict[str, Tensor]:
         maps = self.maps(self.view(batch))
-        terms = [term for place, each in enumerate(maps) for term in self._contrast(each, batch.seeds, place)]
+        terms = [term for place, each in enumerate(maps) for term in self.criterion(each, batch.seeds, place)]
         losses, retrievals = zip(*terms, strict=True)
-        return {"loss": torch.stack(losses).mean(), "retrieval": torch.stack(retrievals).mean()}
+        return {"loss": _mean(losses), "retrieval": _mean(retrievals)}
 
-    def _contrast(self, feature_map: Tensor, seeds: Tensor, place: int) -> list[tuple[Tensor, Tensor]]:
+    def criterion(self, feature_map: Tensor, seeds: Tensor, place: int = 0) -> list[tuple[Tensor, Tensor]]:
         """(loss, retrieval top-1) of every two draws p < q; patches of one image are never each other's negatives."""
         config = self.config
-        score = partial(contrast, symmetric=config.symmetric, temperature=config.temperature)
-        partner = self._partner_images(seeds)
         sampler = self._sampler(place)
         draws = sampler.draw(seeds, f"sc.patch.{place}", config.patches_per_image)
-        vectors = [self.embed(feature_map, sampler.corners[draw], place) for draw in draws.T]
+        vectors = [self.projectors[place](v) for v in self._patch_vectors(feature_map, sampler.corners[draws], place)]
+        partner = None if config.pairs == "same_image" else self._partner_images(seeds)
         terms = []
-        for p in range(len(vectors)):
+        for p, anchors in enumerate(vectors):
             for q in range(p + 1, len(vectors)):
-                anchors, positives = vectors[p], vectors[q][partner]
+                positives = vectors[q] if partner is None else vectors[q].index_select(0, partner)
                 if config.redraw:
-                    candidates = self._redrawn(feature_map, seeds, draws[:, p], f"sc.redraw.{place}.{p}.{q}", place)
-                    distances = pair_distances(anchors[:, None], candidates[:, partner], config.distance)
-                else:
+                    stream = f"sc.redraw.{place}.{p}.{q}"
+                    candidates = self._redrawn(feature_map, seeds, draws[:, p], partner, stream, place)
+                    distances = pair_distances(anchors[:, None], candidates, config.distance)
+                    value = contrast(distances, symmetric=config.symmetric, temperature=config.temperature)
+                elif config.form == "pair":
                     distances = all_distances(anchors, positives, config.distance)
-                value = score(distances) if config.form == "batch" else self._pair_form(anchors, positives)
+                    value = self._pair_form(anchors, positives)
+                else:
+                    value, distances = contrast_points(
+                        anchors, positives, distance=config.distance, symmetric=config.symmetric,
+                        temperature=config.temperature,
+                    )  # fmt: skip
                 terms.append((value, retrieval_top1(distances)))
         return terms
 
-    def embed(self, feature_map: Tensor, corners: Tensor, place: int = 0, samples: Tensor | None = None) -> Tensor:
-        """The vectors that are compared: (B, C, H, W) and corners (N, 2) -> (N, D), at least float32."""
-        return self.projectors[place](self._patch_vectors(feature_map, corners, place, samples))
+    def _patch_vectors(self, feature_map: Tensor, corners: Tensor, place: int) -> tuple[Tensor, ...]:
+        """(B, C, H, W) and corners (B, P, 2) -> P times (B, D), at least float32, before any projector."""
+        cells = self.geometries[place].cells
+        if self.config.pool == "mean":
+            return patch_means(feature_map, cells, corners).unbind(1)
+        return tuple(wide(patches_at(feature_map, cells, each)).flatten(1) for each in corners.unbind(1))
 
-    def _patch_vectors(self, feature_map: Tensor, corners: Tensor, place: int, samples: Tensor | None = None) -> Tensor:
-        patches = wide(patches_at(feature_map, self.geometries[place].cells, corners, samples))
-        return patches.mean((1, 2)) if self.config.pool == "mean" else patches.flatten(1)
-
-    def _redrawn(self, feature_map: Tensor, seeds: Tensor, first: Tensor, stream: str, place: int) -> Tensor:
+    def _redrawn(
+        self, feature_map: Tensor, seeds: Tensor, first: Tensor, partner: Tensor | None, stream: str, place: int
+    ) -> Tensor:
         """Algorithm 1 as printed: a second patch of image j for every anchor i -> (N, N, D), anchor by image."""
-        count = len(seeds)
+        count, cells = len(seeds), self.geometries[place].cells
+        held = count**2 * cells**2 * feature_map.shape[1] * 4
+        if held > REDRAW_BYTES:
+            raise HarnessError(
+                f"sc: method.redraw cuts a patch for each of {count} x {count} pairs of images, {held / 2**30:.1f} GiB "
+                f"of them, more than {REDRAW_BYTES / 2**30:.0f} GiB; lower it with --set batch_size=N"
+            )
         both = mix(mix(seeds)[:, None] + seeds).flatten()  # one seed per (anchor, image): other layouts, same draw
         sampler = self._sampler(place)
         second = sampler.partner(first.repeat_interleave(count), both, stream)
         images = torch.arange(count, device=seeds.device).repeat(count)
-        vectors = self.embed(feature_map, sampler.corners[second], place, images)
-        return vectors.reshape(count, count, -1)
+        patches = wide(patches_at(feature_map, cells, sampler.corners[second], images))
+        vectors = patches.mean((1, 2)) if self.config.pool == "mean" else patches.flatten(1)
+        redrawn = self.projectors[place](vectors).reshape(count, count, -1)
+        return redrawn if partner is None else redrawn.index_select(1, partner)
 
     def _pair_form(self, anchors: Tensor, positives: Tensor) -> Tensor:
         """Eq. 3 of every image with the next one of the batch; symmetric also exchanges the two patches' roles."""
@@ -260,10 +288,8 @@ class SpatialContrasting(Method):
         return (loss + score((positives, anchors), (positives.roll(-1, 0), anchors.roll(-1, 0)))) / 2
 
     def _partner_images(self, seeds: Tensor) -> Tensor:
-        """Which image gives the positive of each anchor: itself, or for the null control never itself."""
+        """Which image gives the positive of each anchor of the null control: never its own."""
         own = torch.arange(len(seeds), device=seeds.device)
-        if self.config.pairs == "same_image":
-            return own
         return (own + 1 + integers(mix(seeds.sum()[None]), "sc.shuffle", len(seeds) - 1)) % len(seeds)
 
     # ---- what it saw, what it learnt
@@ -308,7 +334,8 @@ class SpatialContrasting(Method):
         scores = []
         for images, seeds in groups:
             feature_map = encoder.forward_layers(images, layers)[0] if layers else encoder(images)
-            first, second = (self._patch_vectors(feature_map, at, place) for at in self.corners(seeds, place)[:2])
+            corners = self.corners(seeds, place)[:2].transpose(0, 1)
+            first, second = self._patch_vectors(feature_map, corners, place)
             scores.append(retrieval_top1(all_distances(second, first, self.config.distance)))
         encoder.train(training)
         return torch.stack(scores).mean().item()

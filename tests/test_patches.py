@@ -10,7 +10,15 @@ from scipy import stats
 
 from harness.augment import hash_seeds
 from harness.contracts import HarnessError, ReceptiveField
-from harness.patches import PatchGeometry, PatchSampler, crop_windows, hand_statistics, patches_at, sample_patches
+from harness.patches import (
+    PatchGeometry,
+    PatchSampler,
+    crop_windows,
+    hand_statistics,
+    patch_means,
+    patches_at,
+    sample_patches,
+)
 
 STL = PatchGeometry((24, 24), (96, 96), 7, ReceptiveField(27, 4))
 SEEDS = hash_seeds(5, 0, torch.arange(20_000))
@@ -71,6 +79,21 @@ def test_patches_against_slices() -> None:
         assert torch.equal(cut[n], maps[n, :, row : row + 3, column : column + 3].permute(1, 2, 0))
     again = patches_at(maps, 3, corners[:2], torch.tensor([4, 0]))
     assert torch.equal(again[0], maps[4, :, 0:3, 0:3].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_means_against_slices(layout: torch.memory_format) -> None:
+    maps = torch.randn(4, 3, 7, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    corners = torch.tensor([[[0, 0], [4, 3]], [[1, 2], [1, 2]], [[2, 0], [0, 1]], [[4, 1], [3, 2]]])
+    means = patch_means(maps, 3, corners)
+    expected = torch.stack([
+        torch.stack([maps[n, :, r : r + 3, c : c + 3].mean((1, 2)) for r, c in corners[n].tolist()]) for n in range(4)
+    ])  # fmt: skip
+    assert torch.allclose(means, expected, rtol=1e-12)
+    weights = torch.randn_like(means)
+    mine, theirs = (torch.autograd.grad((out * weights).sum(), maps)[0] for out in (means, expected))
+    assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-15)
+    assert patch_means(maps.bfloat16(), 3, corners).dtype == torch.float32
 
 
 def test_sample_patches() -> None:

@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from harness.augment import hash_seeds, mix
 from harness.contracts import Batch, DatasetInfo, Encoder, HarnessError
 from harness.encoders import build, set_batch_norm_statistics
 from harness.heads import all_distances, pair_distances
+from harness.methods import sc
 from harness.methods.sc import (
     SpatialContrasting,
+    contrast,
     pair_contrasting_loss,
     patches_at,
     sample_patches,
@@ -191,6 +195,90 @@ def test_float32_gradient_error(noise: float, offset: float) -> None:
     assert error < 1e-6, (error, scale)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradient_of_a_solved_task(symmetric: bool) -> None:
+    """Every own p is 1 to eight digits: 1 - p as the sum of the others keeps its digits in float32."""
+    torch.manual_seed(8)
+    first, near = torch.randn(2, 32, 3072)
+    a32, b32 = 0.25 * first, 0.25 * first + 1e-3 * near
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        a, b = (part.to(dtype, copy=True).requires_grad_() for part in (a32, b32))
+        spatial_contrasting_loss(a, b, symmetric=symmetric).backward()
+        assert a.grad is not None and b.grad is not None
+        gradients.append(torch.cat((a.grad, b.grad)).double())
+    assert 0 < gradients[1].norm() < 1e-6
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
+
+
+def test_own_gradient_where_some_patches_coincide() -> None:
+    """Against autograd through the textbook form, which is defined where no two points are the same."""
+    torch.manual_seed(9)
+    a, b = torch.randn(2, 6, 9, dtype=torch.float64)
+    b[2] = a[2]  # its own distance: no pull of its own, but every other one
+    b[4] = a[1]  # of another image
+    a, b = a.requires_grad_(), b.requires_grad_()
+    spatial_contrasting_loss(a, b, symmetric=True).backward()
+    squared = (a[:, None] - b).square().sum(2)
+    distances = torch.where(squared == 0, 0, torch.where(squared == 0, 1, squared).sqrt())
+    expected = torch.autograd.grad(contrast(distances, symmetric=True), (a, b))
+    for mine, theirs in zip((a.grad, b.grad), expected, strict=True):
+        assert mine is not None and torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    a, b = torch.randn(2, 4, 5, requires_grad=True)
+    (slope,) = torch.autograd.grad(spatial_contrasting_loss(a, b.detach()), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        slope.sum().backward()
+
+
+def test_several_seeds_in_one_call() -> None:
+    """torch.func.vmap, which trains several seeds as one network."""
+    points = torch.randn(2, 3, 6, 5, requires_grad=True)
+    losses = torch.func.vmap(lambda a, b: spatial_contrasting_loss(a, b, symmetric=True))(*points)
+    alone = torch.stack([spatial_contrasting_loss(a, b, symmetric=True) for a, b in points.unbind(1)])
+    assert torch.allclose(losses, alone)
+    gradients = [torch.autograd.grad(each.sum(), points, retain_graph=True)[0] for each in (losses, alone)]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most values that any tensor made meanwhile holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.values = max(self.values, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("pool", ["mean", "flatten"])
+@pytest.mark.parametrize("form", ["batch", "pair"])
+def test_large_batches_make_no_tensor_of_n_n_d(pool: Any, form: Any) -> None:
+    """N = 4,096 and D = 3,072, by shapes alone: nothing is larger than the map or the matrix of distances."""
+    info = dataclasses.replace(INFO, image_size=(32, 32), channels=3, mean=(0.3,) * 3, std=(0.2,) * 3)
+    method = method_of(info, "paper_cifar10", pool=pool, form=form, symmetric=form == "batch")
+    with FakeTensorMode(allow_non_fake_inputs=True), Largest() as largest:
+        maps = torch.empty(4096, 192, 8, 8, requires_grad=True)
+        ((loss, _),) = method.criterion(maps.contiguous(memory_format=torch.channels_last), torch.arange(4096))
+        loss.backward()
+    assert largest.values == max(4096 * 192 * 64, 4096**2)
+
+
+def test_redraw_says_how_much_it_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sc, "REDRAW_BYTES", 8 * 8 * 3 * 3 * 64 * 4)
+    method = method_of(redraw=True)
+    assert torch.isfinite(method.loss(batch_of(8), STEP)["loss"])
+    with pytest.raises(HarnessError, match=r"each of 9 x 9 pairs of images, .* batch_size=N"):
+        method.loss(batch_of(9), STEP)
+
+
 @pytest.mark.parametrize("distance", ["l2", "cosine"])
 def test_bfloat16_features(distance: Any) -> None:
     torch.manual_seed(7)
@@ -300,6 +388,25 @@ def test_step_asks_nothing_of_the_host() -> None:
             with pytest.raises(DataDependentOutputException):
                 out["loss"].item()
         assert {key: value.shape for key, value in out.items()} == {"loss": (), "retrieval": ()}
+
+
+CONFIGS: tuple[dict[str, Any], ...] = (
+    {}, {"redraw": True}, {"pairs": "shuffled", "pool": "flatten"}, {"form": "pair"},
+    {"patches_per_image": 3, "projector": 8, "distance": "cosine"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_step_is_one_graph(config: dict[str, Any]) -> None:
+    """torch.compile finds nothing in a step that it must leave to Python, and the same numbers, under autocast."""
+    method, batch = method_of(**config), batch_of()
+    compiled = torch.compile(method.loss, fullgraph=True, backend="eager", dynamic=False)
+    found = []
+    for loss in (method.loss, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(batch, STEP)["loss"]
+        found.append((value, *torch.autograd.grad(value, list(method.parameters()))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_null_control_never_takes_its_own_image() -> None:
