@@ -7,8 +7,9 @@ PYTHON ?= python3
 demo: $(UV)
 	$(UV) run harness run --method sc --dataset digits
 
+# One worker per core, each with one thread: small nets gain nothing from more (docs/decisions/007).
 test: $(UV)
-	$(UV) run pytest
+	OMP_NUM_THREADS=1 $(UV) run pytest -n auto --dist loadfile
 
 lint: $(UV)
 	$(UV) run ruff check

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness import __version__, durable, encoders, fingerprint, registry, weights
+from harness import __version__, durable, encoders, fingerprint, registry, stacked, weights
 from harness.augment import hash_seeds, stream_key
 from harness.budgets import make_budgets
 from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, build, dotted, resolve
 from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
 from harness.evaluation import Material, describe_budget, sample_indices
 from harness.images import digest_split
+from harness.mapped import join, select
+from harness.step import resolve_mode
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Request:
     allow_test: bool = True
     weights: Path | None = None
     pinned: dict[str, Any] | None = None  # the resolved settings of a run that is evaluated again
+    stacked: tuple[int, ...] | None = None  # seeds that are trained together, where that can be
     checkpoint_seconds: float = 10.0
 
 
@@ -146,14 +149,14 @@ def _pretrain_images(dataset: Any, info: DatasetInfo, config: DataConfig, seed: 
         split: Split = dataset.split(name)
         material[name] = digest_split(split)
         parts.append(split.images)
-    images = parts[0] if len(parts) == 1 else torch.cat(parts)
+    images = join(parts)
     wanted = config.num_pretrain_images
     if wanted is not None:
         if wanted > len(images):
             raise HarnessError(
                 f"data.num_pretrain_images: {wanted:,} asked for, {expression} of {info.name} has {len(images):,}"
             )
-        images = images[sample_indices(len(images), wanted, seed, "pretrain subset")]
+        images = select(images, sample_indices(len(images), wanted, seed, "pretrain subset"))
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -161,7 +164,9 @@ def build_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Encoder:
     """The arm's freshly initialised encoder: the same seed gives every method the same one."""
     plugin = registry.load_method(method)
     torch.manual_seed(_init_seed(config.seed, "encoder"))
-    return plugin.own_encoder(info) or encoders.build(config.encoder, info)
+    encoder = plugin.own_encoder(info) or encoders.build(config.encoder, info)
+    encoder.activation_checkpointing = config.activation_checkpointing
+    return encoder
 
 
 def build_method(method: str, config: RunConfig, info: DatasetInfo) -> Method:
@@ -175,10 +180,11 @@ def _init_seed(seed: int, part: str) -> int:
     return int(hash_seeds(seed, 0, torch.tensor([stream_key(part)]))[0]) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def make_plan(request: Request, fetch: bool = False) -> Plan:
+def make_plan(request: Request, fetch: bool = False, beside: Plan | None = None) -> Plan:
     """Resolve, open (never the test split), build and check every arm. Raises HarnessError; writes nothing.
 
     fetch: download what is missing of the data set first, unless the request is offline
+    beside: a plan of the same request for another seed, whose checked and opened data is shared
     """
     device = resolve_device(request.device)
     method = registry.load_method(request.method)
@@ -188,19 +194,26 @@ def make_plan(request: Request, fetch: bool = False) -> Plan:
     evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or DEFAULT_EVALUATORS)
     _refuse_path_separators(request)
     probe = _resolve(request, request.method, plugin.default_encoder, evaluators)
-    dataset = open_dataset(request.dataset, request.data_dir, probe.data.image_size, request.offline)
+    if beside is not None:
+        dataset, fetch = beside.material.dataset, False
+    else:
+        dataset = open_dataset(request.dataset, request.data_dir, probe.data.image_size, request.offline)
     if fetch and not request.offline and any(file.state == "missing" for file in dataset.verify()):
         dataset.fetch()
-    if request.allow_test:  # bytes only: a broken test file is better named now than after the training
+    # bytes only: a broken test file is better named now than after the training
+    if request.allow_test and beside is None:
         for file in dataset.verify():
             if file.state == "broken":
                 raise HarnessError(f"data set '{request.dataset}': {file.name} is broken: {file.detail}")
     info: DatasetInfo = dataset.info
-    digests: dict[str, str] = {}
-    images = _pretrain_images(dataset, info, probe.data, probe.seed, digests)
-    material = Material(dataset, info, images, request.allow_test, digest_split, digests,
-                        count_overlap=plugin.takes_argument)  # fmt: skip
-    if material.has_test:
+    if beside is not None and probe.data.num_pretrain_images is None:
+        material = beside.material
+    else:
+        digests: dict[str, str] = {}
+        images = _pretrain_images(dataset, info, probe.data, probe.seed, digests)
+        material = Material(dataset, info, images, request.allow_test, digest_split, digests,
+                            count_overlap=plugin.takes_argument)  # fmt: skip
+    if material.has_test and material.test_digest is None:
         material.test_digest = fingerprint.digest(
             [[p.parent.name, p.name, durable.sha256_file(p)] for p in dataset.test_files()]
         )
@@ -273,7 +286,17 @@ def _arms(
         if plugin.role == "outside" and request.weights is not None:
             weights.adopt(checked.encoder, weights.read_weights(request.weights), request.weights)
         for group in [budgets] if not plugin.supervised else [(b,) for b in budgets]:
-            yield _arm(name, role, config, checked.encoder, info, device, request, material, mine, group)
+            arm = _arm(name, role, config, checked.encoder, info, device, request, material, mine, group)
+            together = request.stacked and plugin.trains and stacked.obstacle(checked, config) is None
+            yield in_group(arm, request.stacked) if together else arm
+
+
+def in_group(arm: Arm, seeds: Sequence[int] | None) -> Arm:
+    """The arm as one that is trained together with others, all of `seeds`; None: by itself. Its identity says so."""
+    identity = {key: value for key, value in arm.identity.items() if key != "stacked"}
+    if seeds is not None:
+        identity["stacked"] = list(seeds)
+    return replace(arm, identity=identity, pretrain_id=fingerprint.short_id(identity))
 
 
 def _can_run(evaluator: type[Evaluator], encoder: Encoder) -> bool:
@@ -304,10 +327,16 @@ def _arm(
         raise HarnessError(
             f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N"
         )
+    if plugin.trains and config.batch_size // config.accumulate < 2:
+        raise HarnessError(
+            f"accumulate {config.accumulate}: fewer than two images of a batch of {config.batch_size} are left in a part; "
+            "lower it with --set accumulate=N"
+        )
     steps = config.epochs * (count // config.batch_size) if plugin.trains else 0
     batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
     config = config.model_copy(update={
         "precision": resolve_precision(config.precision, device),
+        "compile": _compile_mode(plugin, config.compile, device, steps),
         "num_threads": config.num_threads or _threads(encoder, info, device),
         "data": config.data.model_copy(update={"pretrain_split": config.data.pretrain_split or info.pretrain_split}),
     })  # fmt: skip
@@ -325,6 +354,12 @@ def _arm(
         steps,
         batch,
     )
+
+
+def _compile_mode(plugin: type[Method], name: str, device: torch.device, steps: int) -> str:
+    if "graph" in name and device.type != "cuda":
+        raise HarnessError(f"--compile {name}: a step is captured on CUDA only, not on {device.type}; use auto or off")
+    return resolve_mode(name, device, steps, "" if plugin.graphable else plugin.why_not_graphable)
 
 
 def _threads(encoder: Encoder, info: DatasetInfo, device: torch.device) -> int:
@@ -353,7 +388,8 @@ def _identity(
     if plugin.own_encoder(info) is None:
         shared += ("encoder.",)
     if plugin.trains:
-        shared += ("epochs", "batch_size", "precision", "optim.", "schedule.")
+        shared += ("epochs", "batch_size", "precision", "compile", "accumulate", "activation_checkpointing")
+        shared += ("optim.", "schedule.")
     expression = config.data.pretrain_split or info.pretrain_split
     opened = expression.split("+") + (["train"] if labelled is not None else [])
     return {
@@ -387,7 +423,8 @@ def _eval_id(arm: Arm, plan: Plan, plugin: type[Evaluator], budget: LabelBudget 
         "code": fingerprint.code_sha256(plugin),
         "train": plan.material.digests.get("train") if budget else None,
         "test": plan.material.test_digest,
-        "precision": arm.config.precision if plugin.trains_encoder else None,
+        "precision": arm.config.precision,
+        "compile": arm.config.compile if plugin.trains_encoder else None,
         "numbers_version": fingerprint.NUMBERS_VERSION,
         **describe_budget(budget),
     }

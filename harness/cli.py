@@ -103,6 +103,12 @@ def run(
     seed: Annotated[
         int | None, typer.Option("--seed", help="Fixes initialisation, order, views and label subset.")
     ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Several seeds in one command: 0-4 or 3,5,7-9, ends included.")
+    ] = None,
+    stack_seeds: Annotated[
+        str | None, typer.Option("--stack-seeds", help="Train the seeds together: auto (where it is faster), on, off.")
+    ] = None,
     labels: Labels = "all",
     label_seed: LabelSeed = None,
     evaluators: Eval = None,
@@ -114,6 +120,10 @@ def run(
     image_size: Annotated[int | None, typer.Option("--image-size", help="Side in pixels, for folder: data.")] = None,
     workspace: Workspace = Path("."),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    compile: Annotated[
+        str | None,
+        typer.Option("--compile", help="auto, off, graph, compile or compile+graph (default auto: CUDA only)."),
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")
     ] = False,
@@ -135,7 +145,10 @@ def run(
     from harness.config import Layers, load_recipe, parse_overrides
 
     recipes = [load_recipe(name) for name in recipe or []]
-    flags = {"encoder.name": encoder, "epochs": epochs, "seed": seed, "data.image_size": image_size}
+    flags = {"encoder.name": encoder, "epochs": epochs, "seed": seed, "data.image_size": image_size, "compile": compile}
+    flags["stack_seeds"] = stack_seeds
+    if stack_seeds == "on" and seeds is None:
+        raise typer.BadParameter("--stack-seeds on trains several seeds together; name them with --seeds")
     request = Request(
         method=_needed("--method", method, recipes, "method"), dataset=_needed("--dataset", dataset, recipes, "dataset"),
         layers=Layers(recipes, {k: v for k, v in flags.items() if v is not None}, parse_overrides(overrides or [])),
@@ -143,7 +156,7 @@ def run(
         evaluators=_words(evaluators), device=device, deterministic=deterministic, offline=offline,
         control=not no_control, tracking=tracking, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
-    _carry_out(request, dry_run, as_json)
+    _carry_out(request, dry_run, as_json, seeds)
 
 
 @app.command()
@@ -202,17 +215,19 @@ def _add_plugins(folders: list[Path] | None) -> None:
         registry.add_folder(folder)
 
 
-def _carry_out(request: Request, dry_run: bool, as_json: bool) -> None:
+def _carry_out(request: Request, dry_run: bool, as_json: bool, seeds: str | None = None) -> None:
     from harness import runner
+    from harness import seeds as many
     from harness.arms import make_plan
     from harness.console import TerminalReporter
 
-    plan = make_plan(request, fetch=not dry_run)
+    requests = [] if seeds is None else many.with_seeds(request, seeds)
     if dry_run:
-        _print_plan(plan, as_json)
+        _print_plan([*many.make_plans(requests)] if requests else [make_plan(request)], as_json)
         return
+    plan = None if requests else make_plan(request, fetch=True)
     with TerminalReporter() as reporter:
-        outcome = runner.execute(request, reporter, plan)
+        outcome = many.execute(requests, reporter) if requests else runner.execute(request, reporter, plan)
     if as_json:
         typer.echo(json.dumps({"rows": [row.model_dump(mode="json") for row in outcome.rows]}))
     else:
@@ -225,36 +240,40 @@ def _carry_out(request: Request, dry_run: bool, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _print_plan(plan: Any, as_json: bool) -> None:
+def _print_plan(plans: list[Any], as_json: bool) -> None:
     from harness.arms import cells
     from harness.config import dotted
     from harness.console import print_table
 
     arms = [
-        {"method": arm.method, "role": arm.role, "pretrain_id": arm.pretrain_id, "encoder": arm.encoder, "steps": arm.steps,
-         "batch_size": arm.batch_size, "config": dotted(arm.config),
+        {"method": arm.method, "role": arm.role, "seed": plan.seed, "pretrain_id": arm.pretrain_id, "encoder": arm.encoder,
+         "steps": arm.steps, "batch_size": arm.batch_size, "config": dotted(arm.config),
          "evaluations": [{"evaluator": c.evaluator, "labels": c.budget.spec if c.budget else None, "eval_id": c.eval_id}
                          for c in cells(arm, plan)]}
-        for arm in plan.arms
+        for plan in plans for arm in plan.arms
     ]  # fmt: skip
     if as_json:
         typer.echo(json.dumps({"arms": arms}))
         return
-    columns = ["method", "role", "encoder", "steps", "batch", "pretrain_id", "evaluations"]
-    print_table(columns, [[a["method"], a["role"], a["encoder"], a["steps"], a["batch_size"], a["pretrain_id"],
+    columns = ["method", "role", "seed", "encoder", "steps", "batch", "pretrain_id", "evaluations"]
+    print_table(columns, [[a["method"], a["role"], a["seed"], a["encoder"], a["steps"], a["batch_size"], a["pretrain_id"],
                            ", ".join(dict.fromkeys(str(e["evaluator"]) for e in a["evaluations"]))] for a in arms],
-                f"dry run on {plan.device.type}: nothing was written", ["steps", "batch"])  # fmt: skip
+                f"dry run on {plans[0].device.type}: nothing was written", ["seed", "steps", "batch"])  # fmt: skip
     print_table(["setting", "value"], arms[0]["config"].items(), f"settings of {arms[0]['method']}")
 
 
 def _print_outcome(outcome: Outcome) -> None:
-    from harness.console import console, print_pretext, print_summary
-    from harness.report.summary import summarise
+    from harness.console import console, print_pretext, print_seeds, print_summary
+    from harness.report.summary import over_seeds, summarise
 
     plan, request = outcome.plan, outcome.plan.request
-    print_pretext(row for row in outcome.rows if row.pretrain_id == plan.arms[0].pretrain_id)
-    for summary in summarise(outcome.rows):
-        print_summary(summary, plan.arms[0].config.dataset_name, request.method, plan.seed)
+    print_pretext(row for row in outcome.rows if row.method == plan.arms[0].method)
+    if outcome.seeds:
+        for spread in over_seeds(outcome.rows):
+            print_seeds(spread, plan.arms[0].config.dataset_name, request.method)
+    else:
+        for summary in summarise(outcome.rows):
+            print_summary(summary, plan.arms[0].config.dataset_name, request.method, plan.seed)
     out = console()
     if any(row.collapsed for row in outcome.rows):
         out.print(
@@ -266,11 +285,62 @@ def _print_outcome(outcome: Outcome) -> None:
         )
     if not any(row.split == "test" for row in outcome.rows):
         out.print("no test split was opened: validation rows only", markup=False)
-    out.print(f"{len(outcome.rows)} rows of {len(plan.arms)} arms in {request.workspace}/results/runs; "
+    arms = {row.pretrain_id for row in outcome.rows}
+    out.print(f"{len(outcome.rows)} rows of {len(arms)} arms in {request.workspace}/results/runs; "
               f"{outcome.steps_executed:,} steps were executed now", markup=False)  # fmt: skip
     if request.tracking is None:
         where = "" if request.workspace == Path.cwd() else f" --workspace {request.workspace}"
         out.print(f"MLflow: harness ui{where}", markup=False)
+
+
+@app.command("profile")
+def profile_(
+    method: Annotated[
+        str | None, typer.Option("--method", help="Registered method.", autocompletion=_complete("method"))
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=_complete("dataset")),
+    ] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="Network (default: the data set's).")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Fixes initialisation, order and views.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
+    ] = None,
+    overrides: Set = None,
+    data_dir: DataDir = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", help="Side in pixels, for folder: data.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    offline: Annotated[bool, typer.Option("--offline", help="Never download missing data.")] = False,
+    steps: Annotated[int, typer.Option("--steps", help="Steps that are timed.")] = 20,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Where the Chrome trace goes (default profile-METHOD-DATASET.json).")
+    ] = None,
+    plugins: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a training step's time and memory go, and how near it is to the device's limit."""
+    for name, quiet in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
+        os.environ.setdefault(name, quiet)  # before torch is loaded: its profiler talks on stderr
+    _add_plugins(plugins)
+    from harness.arms import Request
+    from harness.config import Layers, load_recipe, parse_overrides
+    from harness.console import print_profile
+    from harness.profiling import profile
+
+    recipes = [load_recipe(name) for name in recipe or []]
+    flags = {"encoder.name": encoder, "batch_size": batch_size, "seed": seed, "data.image_size": image_size}
+    request = Request(
+        method=_needed("--method", method, recipes, "method"), dataset=_needed("--dataset", dataset, recipes, "dataset"),
+        layers=Layers(recipes, {k: v for k, v in flags.items() if v is not None}, parse_overrides(overrides or [])),
+        data_dir=data_dir, device=device, offline=offline,
+    )  # fmt: skip
+    found = profile(request, steps, trace)
+    if as_json:
+        typer.echo(json.dumps(found.facts()))
+    else:
+        print_profile(found)
 
 
 @app.command("list")

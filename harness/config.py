@@ -47,6 +47,18 @@ class RunConfig(Config):
     num_threads: int | None = setting(
         None, "CPU threads of a step; none: one for small nets, else as many as torch finds", ge=1, le=4096
     )
+    compile: Literal["auto", "off", "graph", "compile", "compile+graph"] = setting(
+        "auto", "auto: on CUDA a captured step, compiled when the training is long; elsewhere off"
+    )
+    accumulate: int = setting(1, "parts a batch is taken in, gradients averaged; negatives stay within a part", ge=1)
+    activation_checkpointing: bool = setting(
+        False,
+        "keep the encoder's activations at stage borders only and compute the rest twice",
+        source="Chen et al., 2016",
+    )
+    stack_seeds: Literal["auto", "on", "off"] = setting(
+        "auto", "several seeds in one command: train them together; auto: where that was measured to be faster"
+    )
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()

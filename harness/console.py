@@ -15,7 +15,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from harness.arms import Arm, Cell
     from harness.contracts import Row
-    from harness.report.summary import Summary
+    from harness.profiling import Profile
+    from harness.report.summary import SeedSummary, Summary
 
 
 def console(stderr: bool = False) -> Console:
@@ -114,11 +115,69 @@ def print_summary(summary: Summary, dataset: str, method: str, seed: int) -> Non
         out.print("! not converged: a comparison with this arm is not valid", markup=False)
 
 
+MOST_SEEDS_SHOWN = 5  # each seed's value is shown while a line of them stays readable
+
+
+def print_seeds(summary: SeedSummary, dataset: str, method: str) -> None:
+    """The closing table over several seeds: one line per arm and evaluation."""
+    each = summary.seeds if len(summary.seeds) <= MOST_SEEDS_SHOWN else ()
+    shown = [f"seed {seed}" for seed in each]
+    columns = ["method", "evaluation", "n", "mean", "sd", *shown, "Δ", "95% interval", "n Δ"]
+    rows = []
+    for line in summary.lines:
+        value, gain = line.value, line.gain
+        interval = gain.interval if gain else None
+        rows.append([
+            line.method, line.evaluation, value.n, _number(value.mean) + ("" if line.converged else " !"),
+            _number(value.deviation), *(_number(value.values.get(seed)) for seed in each),
+            _points(gain.mean if gain else None),
+            "" if interval is None else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}", gain.n if gain else "",
+        ])  # fmt: skip
+    title = f"{dataset}, {len(summary.seeds)} seeds, labels {summary.labels}: top-1 on the {summary.split} split"
+    print_table(columns, rows, title, numeric=columns[2:])
+    out = console()
+    out.print("headline: the readout chosen on validation, seed by seed. Δ: mean of the paired differences to random_init,",
+              markup=False)  # fmt: skip
+    out.print("same seed and labels, with Student's t interval from 3 seeds on.", markup=False)
+    if verdict := summary.verdict(method):
+        out.print(verdict, markup=False)
+    if any(not line.converged for line in summary.lines):
+        out.print("! not converged in some seed: a comparison with this arm is not valid", markup=False)
+
+
 def print_pretext(rows: Iterable[Row]) -> None:
-    """What the method says of its own pretext task."""
+    """What the method says of its own pretext task, averaged over seeds."""
+    found: dict[str, list[float]] = {}
     for row in rows:
         if row.evaluator == "pretext" and row.value is not None:
-            console().print(f"  {row.method} {row.metric} = {row.value:.4g}", markup=False)
+            found.setdefault(f"{row.method} {row.metric}", []).append(row.value)
+    for name, values in found.items():
+        over = "" if len(values) == 1 else f" (mean of {len(values)} seeds)"
+        console().print(f"  {name} = {sum(values) / len(values):.4g}{over}", markup=False)
+
+
+def print_profile(profile: Profile) -> None:
+    """Phases of a training step, its speed and its floor."""
+    rows = [
+        [phase.name, f"{phase.milliseconds:.3f}", f"{100 * phase.share:.1f}%",
+         "" if phase.peak_bytes is None else f"{phase.peak_bytes / 2**20:,.1f}"]
+        for phase in profile.phases
+    ]  # fmt: skip
+    threads = f", {profile.num_threads} threads" if profile.device == "cpu" else ""
+    columns = ["phase", "ms per step", "share", "peak MiB"]
+    title = (f"{profile.method} on {profile.dataset}, {profile.encoder}, batch {profile.batch_size}, {profile.precision} on "
+             f"{profile.device}{threads}: median of {profile.steps} steps")  # fmt: skip
+    print_table(columns, rows, title, columns[1:])
+    lines = [f"{profile.step_milliseconds:.3f} ms per step, {profile.images_per_second:,.0f} images/s"]
+    if (least := profile.floor) is not None and profile.share_of_floor is not None:
+        lines += [
+            f"{100 * profile.share_of_floor:.1f}% of the floor: {least.flops / 1e9:.4g} GFLOP and {least.bytes / 1e6:.4g} MB "
+            f"per image, at {least.rates.flops / 1e9:,.0f} GFLOP/s (measured) and {least.rates.bytes / 1e9:,.1f} GB/s "
+            f"(copy) allow {1 / least.seconds:,.0f} images/s, {1 / least.seconds_without_overlap:,.0f} without overlap",
+        ]
+    lines += [f"memory: {profile.memory}, the highest of each phase", f"trace: {profile.trace} (chrome://tracing)"]
+    for line in lines:
+        console().print(line, markup=False, soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

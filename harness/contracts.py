@@ -7,6 +7,7 @@ letters: B batch, N images, C channels, H W space, D features.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,10 +222,12 @@ class Encoder(nn.Module, ABC):
 
     name: what `--encoder` calls it; readouts: names `read` understands, best known first
     mean, std: buffers (1, C, 1, 1), of the pretraining data
+    activation_checkpointing: whether a training `forward` should keep activations at its stages' borders only
     """
 
     name: str
     readouts: tuple[str, ...]
+    activation_checkpointing: bool = False
     mean: Tensor
     std: Tensor
 
@@ -278,6 +281,9 @@ class Encoder(nn.Module, ABC):
 class PretrainingData(Protocol):
     """What a method may ask for outside the training loop. Never labels, never the test split."""
 
+    def __len__(self) -> int:
+        """How many images are pretrained on; `Batch.indices` are below it."""
+
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
         """`limit` pretraining images spread evenly (all if None), in index order, augmentation-free, as Batches."""
 
@@ -295,6 +301,8 @@ class Method(nn.Module, ABC):
     views_per_image: encoder inputs made of one image (for `views_seen`)
     supervised: True when it is shown labels; then the labelled indices enter its identity
     graphable: False (with `why_not_graphable`) when a step cannot be captured in a CUDA graph
+    tier: "ranked" is carried through every comparison; "ported" runs and is tested, but nobody has run it properly yet
+    family, year, idea (one line), source: what lists and tables say of it
     defaults: shared settings this method changes, by dotted key ({"optim.name": "adamw"})
     null_control: name of the registered method that is this one with its information removed
     evaluators: names to run whatever was asked for; None: those asked for
@@ -306,8 +314,10 @@ class Method(nn.Module, ABC):
     supervised: ClassVar[bool] = False
     graphable: ClassVar[bool] = True
     why_not_graphable: ClassVar[str] = ""
+    tier: ClassVar[Literal["ranked", "ported"]] = "ported"
     family: ClassVar[str] = ""
     year: ClassVar[int]
+    idea: ClassVar[str] = ""
     source: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
     null_control: ClassVar[str | None] = None
@@ -447,6 +457,9 @@ class EvaluationTask(Protocol):
     @property
     def trainer(self) -> Trainer: ...
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision in which the encoder was trained and `features` are computed."""
+
     @property
     def has_test(self) -> bool: ...
 
@@ -459,7 +472,7 @@ class EvaluationTask(Protocol):
         sample of pretraining images); extracted once for all readouts and cached."""
 
     def images(self, split: str) -> Tensor:
-        """uint8 (n, C, H, W) on the device, of the same images in the same order."""
+        """uint8 (n, C, H, W) of the same images in the same order: on the device if they fit there, else on the CPU."""
 
     def labels(self, split: str) -> np.ndarray:
         """(n,) int64 of `train` (budget order) or `test`."""
@@ -544,6 +557,7 @@ class Row(BaseModel):
     converged: bool | None
     weights_sha256: str | None
     images_per_second: float | None
+    share_of_floor: float | None = None  # rows from before it was measured stay readable
     peak_memory_bytes: int | None
 
 

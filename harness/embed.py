@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness import arms, durable, images, runs
 from harness.contracts import HarnessError
-from harness.evaluation import EXTRACTION_BATCH, extract
+from harness.evaluation import EXTRACTION_BATCH, computing_in, extract
 from harness.images import shown
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def _write(run: runs.Run, source: Path, target: Path) -> int:
             if problems:  # nothing will be kept: look for further broken images only
                 continue
             batch = images.as_split(pixels, None).images
-            features = extract(encoder, batch, torch.arange(len(batch)), device)
+            with computing_in(run.config.precision, device):  # the numbers that the probe saw
+                features = extract(encoder, batch, torch.arange(len(batch)), device)
             columns = [pa.array(names, keys.type), *(_lists(features[name]) for name in encoder.readouts)]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
             count += len(names)

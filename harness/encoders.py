@@ -1,4 +1,4 @@
-"""The networks that are kept: the paper's, small-image and standard ResNets, and any torchvision or timm model.
+"""The networks that are kept: the paper's, small-image and standard ResNets, a ViT, any torchvision or timm model.
 
 The paper's nets (Hoffer, Hubara & Ailon, 2016) are RECONSTRUCTIONS, since the appendix table is not readable in the
 copies at hand: `paper_cifar10` follows an independent replication that says it uses the paper's network
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from harness.contracts import Batch, Config, DatasetInfo, Encoder, HarnessError, setting
 from harness.conv_encoder import ConvEncoder
 from harness.receptive_field import output_side, windowed
+from harness.vit import SIZES, ViTEncoder
 
 
 class EncoderConfig(Config):
@@ -175,7 +176,7 @@ def with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 # ------------------------------------------------------------------------------------------------------------- by name
 
-OWN_NAMES = (*NETS, "resnet18_small", "resnet18", "resnet50")
+OWN_NAMES = (*NETS, "resnet18_small", "resnet18", "resnet50", *SIZES)
 
 
 def multiply_adds(encoder: Encoder, info: DatasetInfo) -> int:
@@ -184,7 +185,8 @@ def multiply_adds(encoder: Encoder, info: DatasetInfo) -> int:
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]
-        counts.append(weight.numel() * output[0].numel() // output.shape[1])
+        channels = output.shape[-1 if isinstance(module, nn.Linear) else 1]
+        counts.append(weight.numel() * output[0].numel() // channels)
 
     layers = [module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     handles = [layer.register_forward_hook(count) for layer in layers]
@@ -205,6 +207,7 @@ _ABOUT = {
     "resnet18_small": "ResNet-18 with a 3x3 stem and no first pooling, for small images",
     "resnet18": "torchvision's ResNet-18",
     "resnet50": "torchvision's ResNet-50",
+    "vit_tiny": "small Vision Transformer, 128 wide, 6 blocks, 49 to 144 tokens at 28 to 96 px",
     "torchvision:NAME": "any classification net of torchvision that ends in a map",
     "timm:NAME": "any net of timm that ends in a map (needs the extra `timm`)",
 }
@@ -231,6 +234,8 @@ def build(config: EncoderConfig | str, info: DatasetInfo) -> Encoder:
         return SequentialEncoder(config, info).fit()
     if (config.norm, config.padding) != ("batch", "zeros"):
         raise HarnessError(f"encoder {name}: encoder.norm and encoder.padding are options of {', '.join(NETS)} only")
+    if name in SIZES:
+        return ViTEncoder(name, info).fit()
     if name in OWN_NAMES:
         from torchvision import models
 

@@ -5,12 +5,13 @@ Features are extracted once per split for all readouts and cached; the test spli
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,11 +19,19 @@ from torch import Tensor, nn
 
 from harness import pretrain
 from harness.augment import hash_seeds, mix, stream_key
-from harness.batches import Batches
+from harness.batches import Batches, place
 from harness.contracts import Config, Dataset, DatasetInfo, Encoder, HarnessError, LabelBudget, Split, TrainingOutcome
+from harness.mapped import select
+from harness.optim import OptimConfig, ScheduleConfig
+from harness.step import Mode
 
 PRETRAIN_SAMPLE = 2048  # images that label-free measures and figures look at
 EXTRACTION_BATCH = 256
+
+
+def computing_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which features of a run of that precision are computed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def image_digests(images: Tensor) -> set[bytes]:
@@ -53,6 +62,13 @@ class Material:
     test_digest: str | None = None  # of the files' bytes; None: closed or absent
     count_overlap: bool = False
     _verified: dict[str, bool] = field(default_factory=dict)
+    _placed: Tensor | None = None
+
+    def placed_images(self, device: torch.device) -> Tensor:
+        """The pretraining images on `device` where they fit, copied once for all arms; else as they are."""
+        if self._placed is None:
+            self._placed = place(self.pretrain_images, device)
+        return self._placed
 
     @property
     def has_test(self) -> bool:
@@ -99,6 +115,12 @@ class Task:
     state_folder: Path
     on_steps: Callable[[str, int, int, dict[str, float], int, int], None]
     checkpoint_seconds: float
+    mode: Mode = "off"
+    note: Callable[[str], None] = lambda _: None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that the arm was trained in."""
+        return computing_in("bf16" if self.bf16 else "fp32", self.device)
 
     @property
     def has_test(self) -> bool:
@@ -124,7 +146,7 @@ class Task:
         return self.cache.features(self, split, readout)
 
     def images(self, split: str) -> Tensor:
-        return self._source(split)[self._indices(split)].to(self.device)
+        return place(select(self._source(split), self._indices(split)), self.device)
 
     def labels(self, split: str) -> np.ndarray:
         labels = self.material.split(split).labels
@@ -147,13 +169,16 @@ class Task:
     ) -> TrainingOutcome:
         """The one training loop on `images` and `labels`; its states lie under this evaluation's own folder."""
         module.to(self.device)
-        plan = pretrain.Plan(steps, seed, optim, schedule, self.bf16, self.checkpoint_seconds)  # type: ignore[arg-type]
+        plan = pretrain.Plan(
+            steps, seed, cast(OptimConfig, optim), cast(ScheduleConfig, schedule), self.bf16, self.checkpoint_seconds,
+            mode=self.mode,
+        )  # fmt: skip
         data = Batches(images, labels, batch_size=min(batch_size, len(images)), seed=seed, device=self.device)
 
         def log(step: int, means: dict[str, float], executed: int) -> None:
             self.on_steps(key, step, steps, means, executed, data.batch_size)
 
-        done = pretrain.train(module, data, plan, self.state_folder / key.replace("/", "_"), log)
+        done = pretrain.train(module, data, plan, self.state_folder / key.replace("/", "_"), log, self.note)
         losses = tuple((int(point["step"]), point["loss"]) for point in done.curve)
         last = [loss for step, loss in losses if step > steps - max(data.steps_per_epoch, plan.log_every)]
         final = float(np.mean(last)) if last else float("nan")
@@ -170,13 +195,15 @@ class FeatureCache:
         """(n, D) float32 on the CPU; one pass over the images serves every readout."""
         key = (split, task.budget.sha256 if split == "train" else "")
         if key not in self._features:
-            self._features[key] = extract(task.encoder, task._source(split), task._indices(split), task.device)
+            with task.autocast():
+                self._features[key] = extract(task.encoder, task._source(split), task._indices(split), task.device)
         return self._features[key][readout]
 
 
 @torch.inference_mode()
 def extract(encoder: Encoder, images: Tensor, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Every readout of images[indices], in float32 and eval mode: {readout: (n, D) on the CPU}."""
+    """Every readout of images[indices] in eval mode, computed as the caller's autocast says, given in float32:
+    {readout: (n, D) on the CPU}."""
     was_training = encoder.training
     encoder.eval()
     parts: dict[str, list[Tensor]] = {name: [] for name in encoder.readouts}

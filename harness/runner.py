@@ -11,11 +11,11 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from harness import (
     checkpoint,
     durable,
     fingerprint,
+    floor,
     mirror,
     pretrain,
     provenance,
@@ -33,13 +34,15 @@ from harness import (
     runs,
 )
 from harness import weights as weights_of
-from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, make_plan
+from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, in_group, make_plan
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
 from harness.contracts import Encoder, Evaluation, HarnessError, Measurement, Method, Row, Status
 from harness.encoders import set_batch_norm_statistics
 from harness.evaluation import FeatureCache, Task, private_copy
+from harness.mapped import select
 from harness.run_figures import log_evaluation_figures, log_pretraining_figures
+from harness.step import Mode
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,9 +83,13 @@ class Silent:
 
 @dataclass
 class Outcome:
-    """Rows of every arm, cached ones included; problems: one line per arm that did not finish; what MLflow is owed."""
+    """Rows of every arm, cached ones included; problems: one line per arm that did not finish; what MLflow is owed.
+
+    seeds: of a command over several, whose first plan this is
+    """
 
     plan: Plan
+    seeds: tuple[int, ...] = ()
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     owed: mirror.Owed = field(default_factory=mirror.Owed)
@@ -96,31 +103,50 @@ def execute(request: Request, reporter: Reporter | None = None, plan: Plan | Non
     """
     reporter = reporter or Silent()
     plan = plan or make_plan(request, fetch=True)
+    _leave_groups(plan)
     outcome = Outcome(plan)
+    with tracked(request, outcome) as tracker:
+        carry_out(plan, tracker, reporter, outcome)
+    return outcome
+
+
+def _leave_groups(plan: Plan) -> None:
+    """Controls by themselves, where the seeds that are measured again were trained together without these controls."""
+    for place, arm in enumerate(plan.arms[1:], 1):
+        folder = runs.checkpoint_folder(plan.request.workspace, arm.pretrain_id)
+        if "stacked" in arm.identity and checkpoint.load_encoder(folder) is None:
+            plan.arms[place] = in_group(arm, None)
+
+
+def carry_out(plan: Plan, tracker: mirror.Tracking, reporter: Reporter, outcome: Outcome) -> None:
+    """Do what is missing of one plan, arm by arm; `latest` is its first arm from then on."""
+    with numerics(plan):
+        for number, arm in enumerate(plan.arms, 1):
+            torch.set_num_threads(arm.config.num_threads or 1)
+            reporter.arm_started(arm, number, len(plan.arms))
+            run = ArmRun(plan, arm, tracker, reporter, outcome)
+            with run.locked():
+                run.run()
+    main = plan.arms[0]
+    durable.write_sealed(plan.request.workspace / ".harness" / "latest.json", {"pretrain_id": main.pretrain_id})
+
+
+@contextlib.contextmanager
+def tracked(request: Request, outcome: Outcome) -> Iterator[mirror.Tracking]:
+    """The tracking of one command; what it could not deliver in time is left in `outcome.owed`."""
     tracker = mirror.Tracking(request.workspace, request.tracking)
     tracker.start()
     clean = False
     try:
-        with _numerics(plan):
-            for number, arm in enumerate(plan.arms, 1):
-                torch.set_num_threads(arm.config.num_threads or 1)
-                reporter.arm_started(arm, number, len(plan.arms))
-                lock = request.workspace / ".harness" / "locks" / f"{arm.pretrain_id}.lock"
-                with durable.locked(
-                    lock, lambda: reporter.note("another process is at work on this arm; waiting for it")
-                ):
-                    _ArmRun(plan, arm, tracker, reporter, outcome).run()
-        main = plan.arms[0]
-        durable.write_sealed(request.workspace / ".harness" / "latest.json", {"pretrain_id": main.pretrain_id})
+        yield tracker
         clean = True
     finally:
         # after an interrupt there is little time: what is not delivered stays in the journal for `harness sync`
         outcome.owed = tracker.close(30.0) if clean else tracker.close(4.0, leave=True)
-    return outcome
 
 
 @contextlib.contextmanager
-def _numerics(plan: Plan) -> Iterator[None]:
+def numerics(plan: Plan) -> Iterator[None]:
     """Threads and determinism of a run, put back afterwards."""
     threads = torch.get_num_threads()
     torch.backends.cudnn.allow_tf32 = False  # fp32 in a row means fp32
@@ -134,7 +160,7 @@ def _numerics(plan: Plan) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-class _ArmRun:
+class ArmRun:
     """Carries one arm from its configuration to its rows."""
 
     def __init__(self, plan: Plan, arm: Arm, tracker: mirror.Tracking, reporter: Reporter, outcome: Outcome) -> None:
@@ -144,6 +170,13 @@ class _ArmRun:
         self.journal: Any = None
         self.cache = FeatureCache()
         self.failed = False
+
+    def locked(self) -> contextlib.AbstractContextManager[object]:
+        """Hold the arm against other local processes."""
+        lock = self.workspace / ".harness" / "locks" / f"{self.arm.pretrain_id}.lock"
+        return durable.locked(
+            lock, lambda: self.reporter.note("another process is at work on this arm; waiting for it")
+        )
 
     def run(self) -> None:
         todo = []
@@ -161,7 +194,7 @@ class _ArmRun:
                     )
                     return
         if todo:
-            with self._recorded(), self._failures_become_rows():
+            with self.recorded(), self._failures_become_rows():
                 self._work(todo)
                 records.rows_path(self.workspace, self.arm.pretrain_id, self._failure_id()).unlink(missing_ok=True)
 
@@ -189,8 +222,19 @@ class _ArmRun:
         return _placed(encoder, self.plan.device).eval(), facts
 
     def _pretrain(self) -> tuple[Encoder, dict[str, Any]]:
-        arm, device, info = self.arm, self.plan.device, self.plan.material.info
+        arm = self.arm
+        if "stacked" in arm.identity:
+            seeds = ",".join(map(str, arm.identity["stacked"]))
+            raise HarnessError(f"{arm.method} was trained together with seeds {seeds} and its weights are gone; run its "
+                               f"command again (--seeds {seeds} --stack-seeds on)")  # fmt: skip
         started, clock = _now(), time.monotonic()
+        method, everything = self.prepared()
+        done = self._train(method) if arm.plugin.trains else None
+        return self.finish(method, everything, done, started, clock)
+
+    def prepared(self) -> tuple[Method, Batches]:
+        """The arm's method before its first step, on the device, and the pretraining data in index order."""
+        arm, device, info = self.arm, self.plan.device, self.plan.material.info
         method = _placed(build_method(arm.method, arm.config, info), device)
         if arm.plugin.role == "outside":
             weights = self.plan.request.weights
@@ -198,21 +242,28 @@ class _ArmRun:
             weights_of.adopt(method.encoder, weights_of.read_weights(weights), weights)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        images = self.plan.material.pretrain_images
+        images = self.plan.material.placed_images(device)
         everything = Batches(
             images, None, batch_size=min(PREPARE_BATCH, len(images)), seed=arm.config.seed, device=device
         )
         method.prepare(everything)
+        return method, everything
+
+    def finish(
+        self, method: Method, everything: Batches, done: pretrain.Finished | None, started: str, clock: float
+    ) -> tuple[Encoder, dict[str, Any]]:
+        """Save a pretrained encoder with its facts. started, clock: when work on it began, by the calendar and by
+        time.monotonic(); done: None for what trains nothing."""
+        arm, device = self.arm, self.plan.device
         facts: dict[str, Any] = {"status": "FINISHED", "steps": 0, "images_seen": 0, "images_per_second": None}
         curve: list[dict[str, float]] = []
-        if arm.plugin.trains:
-            done = self._train(method)
+        if done is not None:
             curve = done.curve
             steps = arm.steps if done.failed_at is None else done.failed_at
             facts = {
                 "status": "FINISHED" if done.failed_at is None else "NONFINITE", "steps": steps,
                 "images_seen": steps * arm.batch_size,
-                "images_per_second": steps * arm.batch_size / done.seconds if done.seconds else None,
+                "images_per_second": steps * arm.batch_size / done.seconds if done.seconds else None, "compile": done.mode,
             }  # fmt: skip
             clock = time.monotonic() - done.seconds
         method.eval()
@@ -222,26 +273,47 @@ class _ArmRun:
             "curve": curve, **provenance.code_state(),
         }  # fmt: skip
         facts["weights_sha256"] = fingerprint.weights_sha256(method.encoder)
+        facts["share_of_floor"] = self._share_of_floor(method, facts["images_per_second"])
         facts["pretext"] = self._diagnose(method, everything, facts)
         log_pretraining_figures(self.journal, self.folder, arm, method, everything, curve)
         self._save(method.encoder, facts)
         return method.encoder, facts
 
+    def _share_of_floor(self, method: Method, images_per_second: float | None) -> float | None:
+        arm, info = self.arm, self.plan.material.info
+        if images_per_second is None:
+            return None
+        least = floor.find(method, info, arm.batch_size, self.plan.device, arm.config.precision == "bf16")
+        return None if least is None else images_per_second * least.seconds
+
     def _train(self, method: Method) -> pretrain.Finished:
         arm, device = self.arm, self.plan.device
-        images, labels = self.plan.material.pretrain_images, None
+        images, labels = self.plan.material.placed_images(device), None
         if arm.labelled is not None:
             train = self.plan.material.split("train")
             assert train.labels is not None
-            images, labels = train.images[arm.labelled], train.labels[arm.labelled]
+            images, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
         data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
-        bf16, plan_request = arm.config.precision == "bf16", self.plan.request
-        plan = pretrain.Plan(
-            arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16, plan_request.checkpoint_seconds
-        )
+        if data.placement != "resident":
+            self.reporter.note(f"{len(data):,} images do not fit on the device: {data.placement} (docs/decisions/008)")
+        if device.type == "cuda" and not arm.plugin.graphable:
+            self.reporter.note(f"{arm.method}: steps are not captured in a graph: {arm.plugin.why_not_graphable}")
         return pretrain.train(
-            method, data, plan, self.folder / "state", self._logger("pretrain", arm.steps, arm.batch_size)
+            method,
+            data,
+            self.training_plan(),
+            self.folder / "state",
+            self._logger("pretrain", arm.steps, arm.batch_size),
+            self.reporter.note,
         )
+
+    def training_plan(self) -> pretrain.Plan:
+        """How the arm is trained."""
+        arm, bf16 = self.arm, self.arm.config.precision == "bf16"
+        return pretrain.Plan(
+            arm.steps, arm.config.seed, arm.config.optim, arm.config.schedule, bf16, self.plan.request.checkpoint_seconds,
+            arm.config.accumulate, cast(Mode, arm.config.compile),
+        )  # fmt: skip
 
     def _logger(self, phase: str, steps: int, batch_size: int) -> pretrain.LogFunction:
         last = {"time": time.monotonic()}
@@ -323,6 +395,8 @@ class _ArmRun:
         task = Task(
             private_copy(encoder), plan.material.info, arm.config.seed, plan.device, plan.material, cell.budget,
             self.cache, arm.config.precision == "bf16", states, on_steps, plan.request.checkpoint_seconds,
+            # a fit of minutes does not earn a compilation back
+            "graph" if "graph" in arm.config.compile else "off", self.reporter.note,
         )  # fmt: skip
         started, clock = _now(), time.monotonic()
         result: Evaluation = evaluator.evaluate(task)
@@ -345,12 +419,14 @@ class _ArmRun:
         arm, plan, budget = self.arm, self.plan, cell.budget if cell else None
         if arm.plugin.supervised:  # one arm per budget: its label-free rows are told apart by it as well
             budget = arm.budgets[0]
-        settings = dotted(arm.config)
+        settings = dotted(arm.config) | ({"compile": facts["compile"]} if "compile" in facts else {})  # as it was done
         keep = {
             k: v
             for k, v in settings.items()
             if not k.startswith("eval.") or (cell and k.startswith(f"eval.{cell.evaluator}."))
         }
+        if "stacked" in arm.identity:
+            keep["stacked_seeds"] = arm.identity["stacked"]
         opened = sorted(arm.identity["data"]) + (["train"] if budget else []) + (["test"] if m.split == "test" else [])
         digests = {name: plan.material.digests[name] for name in dict.fromkeys(opened)}
         codes = [arm.identity["code"]]
@@ -375,13 +451,14 @@ class _ArmRun:
             numbers_version=fingerprint.NUMBERS_VERSION, started_at=facts["started_at"],
             finished_at=facts["finished_at"], status=m.status or status, collapsed=m.collapsed, converged=m.converged,
             weights_sha256=facts["weights_sha256"], images_per_second=facts["images_per_second"],
+            share_of_floor=facts.get("share_of_floor"),
             peak_memory_bytes=facts["peak_memory_bytes"],
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ bookkeeping
 
     @contextlib.contextmanager
-    def _recorded(self) -> Iterator[None]:
+    def recorded(self) -> Iterator[None]:
         """Open the arm's journal and end it truthfully, whatever happens in between."""
         arm, info = self.arm, self.plan.material.info
         self.journal = self.tracker.open(
@@ -420,7 +497,11 @@ class _ArmRun:
             status: Status = "OUT_OF_MEMORY" if memory else "FAILED"
             log = self.folder / "error.txt"
             durable.write_bytes(log, traceback.format_exc().encode())
-            advice = "lower it with --set batch_size=N" if memory else f"the traceback is in {log}"
+            advice = (
+                "lower it with --set batch_size=N, or try --set activation_checkpointing=true"
+                if memory
+                else f"the traceback is in {log}"
+            )
             self.outcome.problems.append(
                 f"{self.arm.method}: {status} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {advice}"
             )
@@ -459,13 +540,15 @@ def run(
     offline: bool = False,
     control: bool = True,
     tracking: str | None = None,
+    seeds: Sequence[int] | str | None = None,
     set: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
     """Pretrain, evaluate beside the controls, record; return every row the call used as a DataFrame.
 
     settings: any top-level setting (`seed=0`, `epochs=10`, `encoder="resnet18"`); dotted ones go into `set`
-    ({"optim.lr": 0.05}). The other arguments are the flags of `harness run`. Raises HarnessError for a mistake.
+    ({"optim.lr": 0.05}). seeds: several in one call, [0, 1, 2] or "0-2", in place of `seed`. The other arguments are
+    the flags of `harness run`. Raises HarnessError for a mistake.
     """
     flags = {
         ("encoder.name" if key == "encoder" else key): value for key, value in settings.items() if value is not None
@@ -477,7 +560,11 @@ def run(
         label_seed=label_seed, evaluators=None if evaluators is None else tuple(evaluators), device=device,
         deterministic=deterministic, offline=offline, control=control, tracking=tracking,
     )  # fmt: skip
-    return records.frame(execute(request).rows)
+    if seeds is None:
+        return records.frame(execute(request).rows)
+    from harness import seeds as many
+
+    return records.frame(many.execute(many.with_seeds(request, seeds), Silent()).rows)
 
 
 def evaluate(

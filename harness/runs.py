@@ -119,7 +119,8 @@ def request_again(run: Run, overrides: dict[str, Any], **changes: Any) -> arms.R
     }
     return arms.Request(
         method=run.facts["method"], dataset=run.facts["dataset"], layers=layers, workspace=run.workspace, pinned=pinned,
-        device=run.facts["identity"]["device"], deterministic=run.facts["identity"]["deterministic"], **changes,
+        stacked=run.facts["identity"].get("stacked"), device=run.facts["identity"]["device"],
+        deterministic=run.facts["identity"]["deterministic"], **changes,
     )  # fmt: skip
 
 

@@ -38,8 +38,10 @@ def teacher_momentum(progress: Tensor, base: float) -> Tensor:
 class BYOL(Method):
     """BYOL"""
 
+    tier = "ranked"
     family = "self-distillation"
     year = 2020
+    idea = "predict what a slow average of the network says of the other view; no negatives"
     source = "Grill, Strub, Altché et al., NeurIPS 2020, arXiv 2006.07733"
     views_per_image = 2
 

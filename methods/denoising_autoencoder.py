@@ -42,8 +42,10 @@ def add_gaussian(images: Tensor, seeds: Tensor, stream: str, level: float) -> Te
 class DenoisingAutoencoder(Method):
     """Denoising autoencoder"""
 
+    tier = "ranked"
     family = "reconstruction"
     year = 2008
+    idea = "restore the pixels that were destroyed in the input"
     source = "Vincent, Larochelle, Bengio & Manzagol, ICML 2008"
 
     class Config(Config):

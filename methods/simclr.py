@@ -40,8 +40,10 @@ def nt_xent_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 class SimCLR(Method):
     """SimCLR"""
 
+    tier = "ranked"
     family = "contrastive"
     year = 2020
+    idea = "find the other view of an image among all views of the batch"
     source = "Chen, Kornblith, Norouzi & Hinton, ICML 2020, arXiv 2002.05709"
     views_per_image = 2
 

@@ -15,21 +15,23 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 TIERS: list[set[str]] = [
     {"cli"},
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
-    {"runner"},
+    {"profiling"},
+    {"runner", "seeds"},
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
     {"arms"},
-    {"evaluation", "provenance", "records", "weights"},
+    {"evaluation", "provenance", "records", "weights", "stacked", "floor"},
     {"pretrain", "config", "budgets", "journal", "figures"},
+    {"step"},
     {"batches", "checkpoint", "registry"},
-    {"optim", "encoders", "conv_encoder", "outside_encoders", "heads", "patches", "receptive_field", "fingerprint",
-     "augment", "views", "durable", "images", "formats", "download", "archives", "published"},
+    {"optim", "encoders", "conv_encoder", "outside_encoders", "vit", "heads", "patches", "receptive_field", "fingerprint",
+     "augment", "image_operations", "views", "multi_crop", "durable", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
     {"contracts"},
     {""},
 ]  # fmt: skip
 PLUGINS = {
-    "methods": {"contracts", "augment", "views", "encoders", "heads", "patches", "receptive_field"},
-    "datasets": {"contracts", "images", "formats", "download", "archives", "published"},
-    "harness/evaluators": {"contracts", "encoders", "augment", "batches", "optim"},
+    "methods": {"contracts", "augment", "image_operations", "views", "multi_crop", "encoders", "vit", "heads", "patches", "receptive_field"},
+    "datasets": {"contracts", "images", "mapped", "decoding", "formats", "download", "archives", "published"},
+    "harness/evaluators": {"contracts", "encoders", "augment", "batches", "mapped", "optim"},
 }
 PLUGIN_LIBRARIES = {
     "methods": {"sklearn", "skimage"},
@@ -43,6 +45,8 @@ VARIANTS = {
     "methods/sc_null.py": {"methods.sc"},
     "methods/pixels_svm.py": {"methods.pixels"},
     "methods/hog.py": {"methods.pixels"},
+    "methods/dcl.py": {"methods.simclr"},
+    "methods/supcon.py": {"methods.simclr"},
 }
 
 

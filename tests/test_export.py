@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     """A ResNet-18 trained for one epoch on a folder of colour images, and probed."""
     workspace = tmp_path_factory.mktemp("workspace")
-    settings = {"data.image_size": SIDE, "batch_size": 12, "optim.lr": 0.01}
+    settings = {"data.image_size": SIDE, "batch_size": 12, "optim.lr": 0.01, "precision": "fp32"}  # exact agreement
     dataset = f"folder:{images}"
     run("supervised", dataset, workspace=workspace, encoder="resnet18", epochs=1, set=settings, **OPTIONS)
     return runs.find(workspace, "latest")

@@ -41,6 +41,7 @@ from harness.contracts import (
     Positives,
     setting,
 )
+from harness.mapped import select
 from harness.optim import OptimConfig, ScheduleConfig
 
 FEW_LABELS = 25  # per class: protocol, "Evaluations"
@@ -167,7 +168,7 @@ class _Arm:
         for number, (fit, validation) in enumerate(self.task.budget.rounds):
             done = self._fit(f"round{number}/lr{rate:g}", torch.from_numpy(fit), rate)
             held_out = torch.from_numpy(validation)
-            logits = done.network.logits(self.images[held_out.to(self.images.device)])
+            logits = self._logits(done.network, select(self.images, held_out))
             finite = bool(torch.isfinite(logits).all()) and math.isfinite(done.loss)
             targets = self.labels[held_out]
             top1.append(float((logits.argmax(1) == targets).double().mean()) if finite else 0.0)
@@ -191,7 +192,7 @@ class _Arm:
     def test(self, rate: float) -> None:
         """Refit on the whole budget, then measure on the test split; its rows and predictions go into `found`."""
         done = self._fit(f"refit/lr{rate:g}", torch.arange(len(self.labels)), rate)
-        logits = done.network.logits(self.task.images("test"))
+        logits = self._logits(done.network, self.task.images("test"))
         targets = torch.from_numpy(self.task.labels("test"))
         if not (bool(torch.isfinite(logits).all()) and math.isfinite(done.loss)):
             self.found.measurements.append(_not_finite("test", len(targets)))
@@ -207,12 +208,16 @@ class _Arm:
             self.found.measurements.append(Measurement(None, "test", metric, value, count, done.converged))
         self.found.predictions["network"] = predicted.numpy()
 
+    def _logits(self, network: Network, images: Tensor) -> Tensor:
+        with self.task.autocast():
+            return network.logits(images)
+
     def _fit(self, key: str, rows: Tensor, rate: float) -> Fitted:
         """Train a fresh copy of the network on these positions of the budget."""
         config, task = self.config, self.task
         network = Network(task.encoder, task.info.num_classes, task.info.mirror_keeps_label, task.seed)
         network.to(task.device)
-        images, labels = self.images[rows.to(self.images.device)], self.labels[rows]
+        images, labels = select(self.images, rows), self.labels[rows]
         optim = OptimConfig(
             lr=rate, momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay
         )
@@ -227,7 +232,7 @@ class _Arm:
             self.found.steps_executed += outcome.executed
             self.found.curves[name] = list(outcome.losses)
         network.eval()
-        top1 = float((network.logits(images).argmax(1) == labels).double().mean())
+        top1 = float((self._logits(network, images).argmax(1) == labels).double().mean())
         settled = config.schedule.name in ("constant", "plateau") and _settled(outcome.losses)
         converged = outcome.finite and (top1 >= CONVERGED_TOP1 or settled)
         return Fitted(network, outcome.final_loss if outcome.finite else math.nan, converged)
@@ -255,7 +260,8 @@ class Network(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> (N, K) float32 on the CPU, in eval mode."""
         self.eval()
-        return torch.cat([self.head(self.encoder(part)).float().cpu() for part in images.split(EVALUATION_BATCH)])
+        parts = (part.to(self.encoder.mean.device) for part in images.split(EVALUATION_BATCH))
+        return torch.cat([self.head(self.encoder(part)).float().cpu() for part in parts])
 
     def freeze(self, depth: int, images: Tensor) -> None:
         """Keep the first `depth` of `encoder.layers` as they are, batch-norm statistics included; thaw all others.
@@ -274,7 +280,7 @@ class Network(nn.Module):
             for m in self.encoder.modules()
             if not list(m.children())
         ]
-        output = self.encoder.forward_to(images[:2], self.encoder.layers[depth - 1])
+        output = self.encoder.forward_to(images[:2].to(self.encoder.mean.device), self.encoder.layers[depth - 1])
         for hook in hooks:
             hook.remove()
         self._frozen = called

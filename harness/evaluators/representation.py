@@ -76,7 +76,7 @@ class Representation(Evaluator):
     @torch.inference_mode()
     def _views(self, task: EvaluationTask, readout: str) -> Tensor:
         """Features of every view: (num_images, num_views, D) float64 on the CPU."""
-        images = task.images("pretrain")[: self.config.num_images]
+        images = task.images("pretrain")[: self.config.num_images].to(task.device)
         seeds = hash_seeds(0, 0, torch.arange(len(images), device=images.device))
         mirror = task.info.mirror_keeps_label
         columns = []

@@ -1,10 +1,13 @@
-"""The closing table of one command: every arm beside the controls and floors, each at its validation-chosen readout."""
+"""The closing table of one command: every arm beside the controls and floors, each at its validation-chosen readout.
+
+Over several seeds: means, spreads and paired differences, with Student's t interval from three seeds on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 
 from harness import registry
 from harness.contracts import Row
@@ -62,6 +65,121 @@ class Summary:
             f"{method} ({mine.readout}) reads {mine.headline:.4f}, {side} the best floor, {best.method} at {best.headline:.4f}; "
             "one seed: no interval, no winner."
         )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number per seed, fractions of 1."""
+
+    values: dict[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds (n - 1 below); None for one seed."""
+        return stdev(self.values.values()) if self.n > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's t 95% interval of the mean; None below three seeds."""
+        if self.n < 3 or self.deviation is None:
+            return None
+        from scipy import stats  # half a second to import, at the end of a command only
+
+        half = float(stats.t.ppf(0.975, self.n - 1)) * self.deviation / self.n**0.5
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class SeedLine:
+    """One evaluation of one arm over seeds. gain: paired differences to random_init, seed by seed; None where there is
+    no such pair, or where an arm of any pair has not converged: leaving such seeds out would choose among them."""
+
+    method: str
+    evaluation: str
+    value: Spread
+    gain: Spread | None
+    converged: bool
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """One label budget of one command over several seeds."""
+
+    labels: str
+    split: str
+    seeds: tuple[int, ...]
+    lines: list[SeedLine]
+
+    def verdict(self, method: str) -> str:
+        """One sentence: the paired difference of `method` to the floor with the best mean."""
+        heads = {line.method: line.value for line in self.lines if line.evaluation == HEADLINE}
+        names = registry.methods_with_role("floor")
+        floors = {name: value for name, value in heads.items() if name in names and name != method}
+        if method not in heads or not floors:
+            return ""
+        best = max(floors, key=lambda name: floors[name].mean)
+        paired = _difference(heads[method], floors[best])
+        if paired is None:
+            return ""
+        side = "above" if paired.mean > 0 else "not above"
+        interval = paired.interval
+        bounds = "" if interval is None else f", 95% interval {100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
+        few = "; below 3 seeds no interval, below 6 no winner" if paired.n < 3 else "; below 6 seeds no winner"
+        return (
+            f"{method} reads {heads[method].mean:.4f}, {side} the best floor, {best} at {floors[best].mean:.4f}: paired "
+            f"{100 * paired.mean:+.2f} pt over {paired.n} seeds{bounds}{few if paired.n < 6 else ''}."
+        )
+
+
+HEADLINE = "headline"
+
+
+def over_seeds(rows: Iterable[Row]) -> list[SeedSummary]:
+    """One SeedSummary per label budget: every seed's own summary, gathered per arm and evaluation."""
+    rows = list(rows)
+    numbers = tuple(dict.fromkeys(row.seed for row in rows))
+    each = {seed: {s.labels: s for s in summarise(r for r in rows if r.seed == seed)} for seed in numbers}
+    out = []
+    for labels in dict.fromkeys(name for summaries in each.values() for name in summaries):
+        mine = {seed: summaries[labels] for seed, summaries in each.items() if labels in summaries}
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        unconverged: set[str] = set()
+        for seed, summary in mine.items():
+            for line in summary.lines:
+                if line.fine_tune_converged is False:
+                    unconverged.add(line.method)
+                for evaluation, value in _evaluations(line).items():
+                    found.setdefault((line.method, evaluation), {})[seed] = value
+        order = {method: place for place, method in enumerate(dict.fromkeys(method for method, _ in found))}
+        lines = []
+        for (method, evaluation), values in sorted(found.items(), key=lambda item: order[item[0][0]]):
+            bad = evaluation == FINE_TUNE and bool({method, BASELINE} & unconverged)
+            base = found.get((BASELINE, evaluation))
+            paired = None if method == BASELINE or base is None or bad else _difference(Spread(values), Spread(base))
+            own = not (evaluation == FINE_TUNE and method in unconverged)
+            lines.append(SeedLine(method, evaluation, Spread(values), paired, own))
+        splits = {summary.split for summary in mine.values()}
+        out.append(SeedSummary(labels, "/".join(sorted(splits)), tuple(mine), lines))
+    return out
+
+
+def _evaluations(line: Line) -> dict[str, float]:
+    found = {**line.readouts, HEADLINE: line.headline, KNN: line.knn, FINE_TUNE: line.fine_tune}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _difference(one: Spread, other: Spread) -> Spread | None:
+    """Seed by seed, of the seeds that both have."""
+    values = {seed: value - other.values[seed] for seed, value in one.values.items() if seed in other.values}
+    return Spread(values) if values else None
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,9 @@ class FakeTask:
     def labels(self, split: str) -> np.ndarray:
         self._opened(f"labels {split}")
         return self.test_labels if split == "test" else self.train_labels[self.budget.indices]
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def trainer(self, key: str, *args: Any, **settings: Any) -> TrainingOutcome:
         self.events.append(f"train {key}")
