@@ -287,18 +287,32 @@ def map_shape_of(encoder: Encoder, channels: int, size: tuple[int, int]) -> tupl
     return (shape[1], shape[2], shape[3]) if len(shape) == 4 and min(shape[2:]) > 0 else None
 
 
-class SquareEncoder(nn.Module):
-    """Squares cut out of images, encoded each by itself: at their own scale where the network takes their size, so that
-    its features stay those of whole images, else stretched to the images' size.
+LEAST_CELLS = 3  # along a side of a map: on fewer, outer weights of a 3 x 3 convolution see little but padding
 
-    side: of the squares, pixels; map_shape: (C, H, W) of one square's map
+
+class SquareEncoder(nn.Module):
+    """Squares cut out of images, encoded each by itself, stretched no more than the network needs.
+
+    Near to their own scale its features stay those of whole images; but a network that is shown 8 px at a time, one cell
+    of its map, learns little that holds for a map of 6 x 6. So a square is shown at the least size whose map has
+    LEAST_CELLS along a side, at the images' size where there is none below it.
+
+    side: of the squares, pixels; map_shape: (C, H, W) of one square's map; features: its numbers
     """
 
     def __init__(self, encoder: Encoder, info: DatasetInfo, side: int) -> None:
         super().__init__()
-        own = map_shape_of(encoder, info.channels, (side, side))
         self.side = side
-        self.size: tuple[int, int] = (side, side) if own else info.image_size
+        low, high = side, max(side, *info.image_size)  # the size is in low .. high; larger sizes have larger maps
+        while low < high:
+            middle = (low + high) // 2
+            shape = map_shape_of(encoder, info.channels, (middle, middle))
+            if shape and min(shape[1:]) >= LEAST_CELLS:
+                high = middle
+            else:
+                low = middle + 1
+        own = map_shape_of(encoder, info.channels, (low, low))
+        self.size: tuple[int, int] = (low, low) if own else info.image_size
         self.map_shape: tuple[int, int, int] = own or encoder.map_shape
         self.features = math.prod(self.map_shape)
 

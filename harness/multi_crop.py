@@ -26,7 +26,7 @@ class MultiCropConfig(ViewConfig):
     crop_scale: float = setting(
         0.4,
         "smallest crop of a global view and largest of a local one, share of the image's area",
-        source="Caron et al., 2021, appendix: 0.25 to 0.4 for transformers; 0.14 for ResNet-50 (Caron et al., 2020)",
+        source="0.4: authors' code of Caron et al., 2021; 0.14 for ResNet-50: Caron et al., 2020",
         search=Range(0.2, 0.6),
         gt=0,
         le=1,
@@ -34,7 +34,7 @@ class MultiCropConfig(ViewConfig):
     num_local: int = setting(
         NUM_LOCAL,
         "local views",
-        source="6: Caron et al., 2020; 8: Caron et al., 2021",
+        source="6: Caron et al., 2020; 8: authors' code of Caron et al., 2021",
         search=Choice((0, 2, 4, 6)),
         ge=0,
     )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harness.augment import uniform
 from harness.contracts import DatasetInfo, Encoder, HarnessError
 from harness.conv_encoder import ConvEncoder
 
@@ -73,6 +74,20 @@ def as_map(tokens: Tensor, rows: int, columns: int) -> Tensor:
 def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
     """Some tokens of each sample: (B, N, D) and places (B, K) int64 -> (B, K, D)."""
     return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def random_order(seeds: Tensor, stream: str, count: int) -> tuple[Tensor, Tensor]:
+    """A random order of `count` patches for each sample and where each patch is in it: both (B, count) int64."""
+    order = uniform(seeds, stream, (count,)).argsort(dim=1, stable=True)
+    return order, order.argsort(dim=1)
+
+
+def patches_of(images: Tensor, side: int) -> Tensor:
+    """Cut (B, C, H, W), padded by zeros to multiples of `side`, into (B, N, side * side * C), row by row."""
+    height, width = images.shape[2:]
+    padded = functional.pad(images, (0, -width % side, 0, -height % side))
+    cut = padded.unfold(2, side, side).unfold(3, side, side)  # (B, C, rows, columns, side, side)
+    return cut.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
 class Attention(nn.Module):

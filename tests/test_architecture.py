@@ -29,7 +29,18 @@ TIERS: list[set[str]] = [
     {""},
 ]  # fmt: skip
 PLUGINS = {
-    "methods": {"contracts", "augment", "image_operations", "views", "multi_crop", "encoders", "vit", "heads", "patches", "receptive_field"},
+    "methods": {
+        "contracts",
+        "augment",
+        "image_operations",
+        "views",
+        "multi_crop",
+        "encoders",
+        "vit",
+        "heads",
+        "patches",
+        "receptive_field",
+    },
     "datasets": {"contracts", "images", "mapped", "decoding", "formats", "download", "archives", "published"},
     "harness/evaluators": {"contracts", "encoders", "augment", "batches", "mapped", "optim"},
 }
@@ -45,6 +56,8 @@ VARIANTS = {
     "methods/sc_null.py": {"methods.sc"},
     "methods/pixels_svm.py": {"methods.pixels"},
     "methods/hog.py": {"methods.pixels"},
+    "methods/coates_kmeans.py": {"methods.pixels"},
+    "methods/densecl.py": {"methods.moco_v2"},
     "methods/dcl.py": {"methods.simclr"},
     "methods/supcon.py": {"methods.simclr"},
 }
