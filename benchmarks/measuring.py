@@ -43,8 +43,16 @@ class Bench:
     tables: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def time(self, candidates: Mapping[str, Callable[[], Any]], warm: int = 1) -> dict[str, list[float]]:
-        """Seconds per call of each candidate, `rounds` times, each round calling all of them in turn."""
+    def time(
+        self,
+        candidates: Mapping[str, Callable[[], Any]],
+        warm: int = 1,
+        before: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> dict[str, list[float]]:
+        """Seconds per call of each candidate, `rounds` times, each round calling all of them in turn.
+
+        before: what is done, not timed, before each turn of a candidate (taking what its workers have in stock)
+        """
         repeats: dict[str, int] = {}
         for name, call in candidates.items():
             for _ in range(warm):
@@ -55,6 +63,8 @@ class Bench:
         for number in range(self.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
+                if before is not None and name in before:
+                    before[name]()
                 out[name].append(self._once(candidates[name], repeats[name]))
         return out
 

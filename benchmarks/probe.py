@@ -6,7 +6,8 @@
 With --dataset the rows are the 512 features of an untrained ResNet-18 on that data set's images. Without, they are
 drawn (overlapping Gaussian classes in correlated directions): then the table is about time and agreement only.
 `ours` is `fit_path` at the tolerance with which strengths are compared on validation; `ours, refit tolerance` solves
-every strength as exactly as the final refit does. scikit-learn: LogisticRegression (lbfgs), its default tolerance.
+every strength as exactly as the final refit does. scikit-learn: LogisticRegression (lbfgs), its default tolerance, at
+most 1,000 iterations per strength. Excess: how far the minimised objective lies above the lowest that any of them found.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main() -> None:
     held_out = (held_out - mean) / scale
     strengths = np.geomspace(STRONGEST, WEAKEST, chosen.strengths).tolist()
     accuracy: dict[str, list[float]] = {}
+    objectives: dict[str, list[float]] = {}
     on_device = torch.from_numpy(features).to(bench.device)
     labels_on_device = torch.from_numpy(labels).to(bench.device)
 
@@ -78,17 +80,22 @@ def main() -> None:
         models = fit_path(on_device, labels_on_device, chosen.classes, strengths, tolerance)
         test = torch.from_numpy(held_out).to(bench.device)
         accuracy[name] = [float((m.logits(test).argmax(1).cpu().numpy() == targets).mean()) for m in models]
+        objectives[name] = [m.objective for m in models]
 
     def scikit_learn() -> None:
         from sklearn.linear_model import LogisticRegression
 
         model: Any = LogisticRegression(max_iter=1000, warm_start=True)
-        found = []
+        found, values = [], []
         for strength in strengths:
             model.C = 1 / (len(features) * strength)
             model.fit(features, labels)
             found.append(float((model.predict(held_out) == targets).mean()))
-        accuracy["scikit-learn"] = found
+            weight = torch.from_numpy(model.coef_.astype(np.float64))
+            logits = torch.from_numpy(features).double() @ weight.T + torch.from_numpy(model.intercept_).double()
+            fit = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+            values.append(float(fit + 0.5 * strength * weight.square().sum()))
+        accuracy["scikit-learn"], objectives["scikit-learn"] = found, values
 
     candidates = {
         "scikit-learn": scikit_learn, "ours": lambda: ours("ours", PATH_TOLERANCE),
@@ -96,16 +103,16 @@ def main() -> None:
     }  # fmt: skip
     times = bench.time(candidates, warm=0)
     base = median(times["scikit-learn"])
-    reference = accuracy["scikit-learn"]
+    least = [min(values) for values in zip(*objectives.values(), strict=True)]
     table = []
     for name, found in times.items():
         best = max(accuracy[name])
-        apart = max(abs(a - b) for a, b in zip(accuracy[name], reference, strict=True))
-        table.append([name, median(found), spread(found), base / median(found), 100 * best, 100 * apart])
+        excess = max(value / low - 1 for value, low in zip(objectives[name], least, strict=True))
+        table.append([name, median(found), spread(found), base / median(found), 100 * best, 100 * excess])
     shape = f"{chosen.dataset or 'drawn'}, {len(features):,} rows x {features.shape[1]}"
     bench.table(
         f"{shape}, {chosen.strengths} strengths, {chosen.classes} classes: seconds of the path",
-        ["solver", "seconds", "spread", "x scikit-learn", "best top-1 %", "largest difference, points"], table,
+        ["solver", "seconds", "spread", "x scikit-learn", "top-1 % at the best", "largest excess of the objective %"], table,
     )  # fmt: skip
     bench.finish()
 

@@ -327,13 +327,15 @@ def _arm(
         raise HarnessError(
             f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N"
         )
-    if plugin.trains and config.batch_size // config.accumulate < 2:
+    batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
+    if labelled is not None:  # a small budget makes small batches
+        config = config.model_copy(update={"accumulate": min(config.accumulate, max(1, batch // 2))})
+    if plugin.trains and batch // config.accumulate < 2 <= batch:
         raise HarnessError(
             f"accumulate {config.accumulate}: fewer than two images of a batch of {config.batch_size} are left in a part; "
             "lower it with --set accumulate=N"
         )
     steps = config.epochs * (count // config.batch_size) if plugin.trains else 0
-    batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
     config = config.model_copy(update={
         "precision": resolve_precision(config.precision, device),
         "compile": _compile_mode(plugin, config.compile, device, steps),

@@ -7,7 +7,7 @@ mapped file, read ahead by threads. A sample's order, seed and pixels are the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Literal
 
 import torch
@@ -102,6 +102,12 @@ class Batches:
     def embed(self, function: Callable[[Tensor], Tensor], limit: int | None = None) -> Tensor:
         """`function` of those batches' images, concatenated on the CPU."""
         return torch.cat([function(batch.images).cpu() for batch in self.batches(limit)])
+
+    def close(self) -> None:
+        """Stop reading ahead; `at` may be called again."""
+        coming, self._coming, self._next = self._coming, iter(()), -1
+        if isinstance(coming, Generator):
+            coming.close()
 
     # ---- indices, on the device that the images are on
 

@@ -90,9 +90,11 @@ class ConvEncoder(Encoder):
         """One stage; with `activation_checkpointing` its inside is computed again in the backward pass."""
         if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
             return stage(feature_map)
-        result = checkpoint(
-            stage, feature_map, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_statistics(self))
-        )
+        drops = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in self.modules())
+        result = checkpoint(  # reading the generator's state waits for the device, and fails in a capture
+            stage, feature_map, use_reentrant=False, preserve_rng_state=drops,
+            context_fn=lambda: (nullcontext(), _same_statistics(self)),
+        )  # fmt: skip
         assert isinstance(result, Tensor)
         return result
 

@@ -70,7 +70,12 @@ def decode_to_file(
 def _key(files: Sequence[Path], side: int, grey: bool) -> str:
     digest = hashlib.sha256(f"{VERSION} {PIL.__version__} {side} {grey}\n".encode())
     for file in files:
-        facts = os.stat(file)
+        try:
+            facts = os.stat(file)
+        except OSError as error:
+            raise HarnessError(
+                f"{images.shown(file)} changed while it was read ({error.strerror}); run again"
+            ) from None
         digest.update(os.fsencode(os.path.abspath(file)) + f"\0{facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24]
 

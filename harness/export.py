@@ -28,7 +28,7 @@ from harness.images import digest_split, shown
 TORCHVISION = ("resnet18", "resnet50")
 # Features on another device or number of threads differ in their last bits, and may turn a tie; more is a fault.
 LEAST_AGREEMENT = 0.99
-LEAST_AGREEMENT_BF16 = 0.95  # the file computes in float32 what was measured in bfloat16; the report says how many agree
+LEAST_AGREEMENT_BF16 = 0.95  # the file computes in float32 what was measured in bfloat16; the report says how many
 INPUT = "images (B, C, H, W): uint8, or floats in [0, 1] (uint8 / 255); the encoder itself takes (images - mean) / std"
 
 

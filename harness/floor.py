@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from harness.contracts import Batch, DatasetInfo, Method
+from harness.contracts import Batch, DatasetInfo, Encoder, Method
 
 aten = torch.ops.aten
 
@@ -112,6 +112,8 @@ def count(method: Method, info: DatasetInfo, batch_size: int, device: torch.devi
     # a deep copy in which every weight is replaced by its stand-in, so that none is copied
     stand_ins: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*method.parameters(), *method.buffers())}
     double: Method = copy.deepcopy(method, stand_ins).train()
+    for encoder in [module for module in double.modules() if isinstance(module, Encoder)]:
+        encoder.activation_checkpointing = False  # what is computed twice to save memory is not the least
     counter = _Counter()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), mode:
         indices = torch.zeros(batch_size, dtype=torch.int64, device=device)

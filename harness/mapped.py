@@ -55,7 +55,10 @@ def reserve(path: Path, size: int) -> None:
 
 def open_pixels(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Map a file of uint8 (N, H, W, C), which must hold them all."""
-    return torch.from_file(os.fspath(path), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    try:
+        return torch.from_file(os.fspath(path), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    except RuntimeError as error:  # how torch says that a file cannot be opened for reading and writing
+        raise PermissionError(str(error).splitlines()[0]) from None
 
 
 def room(shape: tuple[int, ...], folder: Path) -> Tensor:

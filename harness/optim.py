@@ -164,6 +164,8 @@ def hold(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         group["lr"] = torch.full((), float(group["lr"]), device=device)
         if "capturable" in group:
             group["capturable"] = True
+    # the steps that warm a capture up run outside of it, and are meant to
+    optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def release(optimizer: torch.optim.Optimizer) -> None:

@@ -83,18 +83,22 @@ def train(
     steps cannot be compiled or captured as planned.
     """
     session = _Session(module, data, plan, folder, on_log, note)
-    session.restore()
-    start = session.state.step
-    session.run(plan.steps)
-    executed = session.state.step - start
-    if session.state.failed_at is None and executed and not session._finite():
-        session.state.failed_at = session.state.step - 1  # a bad gradient at the very last step
-    if session.state.failed_at is not None:
-        session.go_back(session.state.failed_at)
-    session.save()
-    session.optimizer.zero_grad(set_to_none=True)
-    state = session.state
-    return Finished(state.curve, state.seconds, executed, state.failed_at, session.step.mode)
+    try:
+        session.restore()
+        start = session.state.step
+        session.run(plan.steps)
+        executed = session.state.step - start
+        if session.state.failed_at is None and executed and not session._finite():
+            session.state.failed_at = session.state.step - 1  # a bad gradient at the very last step
+        if session.state.failed_at is not None:
+            session.go_back(session.state.failed_at)
+        session.save()
+        state = session.state
+        return Finished(state.curve, state.seconds, executed, state.failed_at, session.step.mode)
+    finally:  # a capture's memory, gradients and reading threads end with the training
+        session.step.reset()
+        session.optimizer.zero_grad(set_to_none=True)
+        data.close()
 
 
 class _Session:

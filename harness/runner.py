@@ -150,6 +150,8 @@ def numerics(plan: Plan) -> Iterator[None]:
     """Threads and determinism of a run, put back afterwards."""
     threads = torch.get_num_threads()
     torch.backends.cudnn.allow_tf32 = False  # fp32 in a row means fp32
+    tried = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not plan.request.deterministic  # shapes are fixed: let it find the fastest kernels
     if plan.request.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -158,6 +160,7 @@ def numerics(plan: Plan) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = tried
 
 
 class ArmRun:

@@ -194,6 +194,10 @@ class StackedBatches(Batches):
         self.images, self.labels, self.batch_size, self.seed = first.images, None, first.batch_size, first.seed
         self.device, self.steps_per_epoch = first.device, first.steps_per_epoch
 
+    def close(self) -> None:
+        for data in self.each:
+            data.close()
+
     def at(self, step: int) -> Batch:
         batches = [data.at(step) for data in self.each]
         return Batch(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harness import optim as optimisers
 from harness.augment import stream_key
-from harness.contracts import Batch, Method
+from harness.contracts import Batch, HarnessError, Method
 
 Mode = Literal["off", "graph", "compile", "compile+graph"]
 COMPILE_FROM = 5_000  # steps; a shorter training does not earn back the half minute that a compiler takes
@@ -33,7 +33,8 @@ def resolve_mode(name: str, device: torch.device, steps: int, why_not: str = "")
     auto: on CUDA one graph per step, compiled too when the training is long; elsewhere off (inductor on a CPU lost 2-13%).
     """
     if name != "auto":
-        return "off" if why_not and "graph" in name else name  # type: ignore[return-value]
+        mode: Any = name
+        return {"graph": "off", "compile+graph": "compile"}.get(name, mode) if why_not else mode
     if device.type != "cuda" or why_not:
         return "off"
     return "compile+graph" if steps >= COMPILE_FROM and importlib.util.find_spec("triton") else "graph"
@@ -69,7 +70,8 @@ class Step:
         self._progress = torch.zeros((), device=device)
         self._bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._sums: dict[str, Tensor] = {}
-        self._loss: Callable[..., dict[str, Tensor]] = self._plain_loss
+        # not the plain loss itself: a bound method of its own would keep a finished step, and its graph's memory, alive
+        self._compiled: Callable[..., dict[str, Tensor]] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Batch | None = None
 
@@ -97,8 +99,8 @@ class Step:
         return dict(zip(names, values[1:], strict=True)), int(values[0])
 
     def reset(self) -> None:
-        """Forget sums and captures: after weights or optimiser state were replaced."""
-        self._graph = self._inputs = None
+        """Forget sums and captures: after weights or optimiser state were replaced, and at the end."""
+        self._graph = self._inputs = self._compiled = None
         self._bad.fill_(-1)
         self._sums = {}
         optimisers.release(self.optimizer)
@@ -120,7 +122,8 @@ class Step:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=self._inputs is None
             ):
-                losses = self._loss(part.images, part.labels, part.indices, part.seeds, self._number)
+                loss = self._compiled or self._plain_loss
+                losses = loss(part.images, part.labels, part.indices, part.seeds, self._number)
             (losses["loss"] * share if share < 1 else losses["loss"]).backward()
             for name, value in losses.items():
                 value = value.detach().double() * share
@@ -146,19 +149,25 @@ class Step:
             self._inputs = Batch(*(None if t is None else t.clone() for t in _tensors(batch)))  # type: ignore[arg-type]
             try:
                 if "compile" in self.mode:
-                    self._loss = torch.compile(self._plain_loss, dynamic=False)
+                    torch._dynamo.reset()  # its limit of recompilations counts over all steps of a process
+                    self._compiled = torch.compile(self._plain_loss, dynamic=False)
                 self._warm_up(lr, saved)
                 if "graph" in self.mode:
                     self._graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self._graph):
+                    # threads that read batches ahead may allocate and copy meanwhile
+                    with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                         self._take(self._inputs)
                     self._rewind(saved)
                 return
+            except HarnessError:
+                raise
             except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) and "graph" not in self.mode:
+                    raise  # an eager step needs no less
                 reason = " ".join(str(error).split())[:160] or type(error).__name__
                 following = FALL_BACK[self.mode]
                 self._note(f"--compile {self.mode} failed ({reason}); going on with {following}")
-                self.mode, self._loss = following, self._plain_loss
+                self.mode = following
                 self.reset()
                 self.module.load_state_dict(saved[0])
                 self.optimizer.load_state_dict(copy.deepcopy(saved[1]))

@@ -141,9 +141,9 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_written(
 
 
 def test_the_process_itself_ends_with_2(tmp_path: Path) -> None:
-    done = harness("run", "--method", "scc", "--dataset", "digits", cwd=tmp_path)
+    done = harness("run", "--method", "rotatoin", "--dataset", "digits", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "harness: unknown method 'scc'; did you mean sc?\n"
+    assert done.stderr == "harness: unknown method 'rotatoin'; did you mean rotation?\n"
 
 
 def test_dry_run_writes_nothing_and_json_is_json(tmp_path: Path) -> None:

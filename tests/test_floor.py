@@ -161,3 +161,10 @@ def test_a_teacher_inside_a_method_is_counted_once_forward() -> None:
     encoder: Encoder = make("sc", "paper_cifar10", of).encoder
     forward = 2 * harness.encoders.multiply_adds(encoder, of)
     assert (byol - simclr) == pytest.approx(2 * forward, rel=1e-2)
+
+
+def test_what_checkpointing_computes_twice_is_not_the_least() -> None:
+    plain, saving = make("sc", "convnet_small", info(28, 1)), make("sc", "convnet_small", info(28, 1))
+    saving.encoder.activation_checkpointing = True
+    one, two = (floor.count(method, info(28, 1), 8, CPU) for method in (plain, saving))
+    assert one == two and saving.encoder.activation_checkpointing

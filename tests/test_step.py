@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import pretrain, registry
-from harness.arms import build_method
+from harness.arms import Request, build_method, make_plan
 from harness.augment import hash_seeds, stream_key
 from harness.batches import Batches
 from harness.config import Layers, resolve
@@ -20,6 +24,33 @@ from harness.optim import OptimConfig, ScheduleConfig
 from harness.step import COMPILE_FROM, dropout_seed, resolve_mode
 
 CPU = torch.device("cpu")
+
+
+def test_a_finished_training_keeps_nothing_alive() -> None:
+    """Without the garbage collector: a captured graph would hold its memory until that happens to run."""
+    alive: list[weakref.ref[Any]] = []
+    real = pretrain.Step
+
+    class Watched(real):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            alive.append(weakref.ref(self))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pretrain, "Step", Watched)
+            module, batches = Separable(), data()
+            batches = Batches(batches.images, None, batch_size=10, seed=1, device=CPU, placement="streamed")
+            pretrain.train(module, batches, plan(), None, lambda *_: None)
+        assert len(alive) == 1 and alive[0]() is None
+        deadline = time.monotonic() + 20
+        while any(t.name.startswith("read-ahead") for t in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(t.name.startswith("read-ahead") for t in threading.enumerate())
+    finally:
+        gc.enable()
 
 
 class Separable(nn.Module):
@@ -109,8 +140,17 @@ def test_auto_compiles_on_cuda_only_and_respects_the_method() -> None:
     assert resolve_mode("auto", CPU, 10**6) == "off"
     assert resolve_mode("auto", cuda, COMPILE_FROM - 1) == "graph"
     assert resolve_mode("auto", cuda, 10**6, "clusters change between epochs") == "off"
-    assert resolve_mode("compile+graph", cuda, 10, "clusters change between epochs") == "off"
+    assert resolve_mode("graph", cuda, 10, "clusters change between epochs") == "off"
+    assert resolve_mode("compile+graph", cuda, 10, "clusters change between epochs") == "compile"
     assert resolve_mode("compile", CPU, 10) == "compile"
+
+
+def test_a_small_label_budget_makes_fewer_parts() -> None:
+    layers = Layers(flags={"encoder.name": "convnet_small"}, overrides={"accumulate": 32})
+    arms = make_plan(Request("sc", "digits", layers, labels="10", evaluators=("knn",))).arms
+    parts = {arm.method: (arm.config.accumulate, arm.batch_size) for arm in arms if arm.plugin.trains}
+    assert parts["sc"] == (32, 128)
+    assert parts["supervised"][0] == max(1, parts["supervised"][1] // 2) < 32
 
 
 def encoders(info: DatasetInfo) -> tuple[Encoder, Encoder]:
@@ -168,23 +208,31 @@ def trained_methods() -> list[str]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", trained_methods())
-@pytest.mark.parametrize("optim", ["sgd", "adamw", "lars"])
-def test_a_captured_step_is_the_eager_step(name: str, optim: str) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, {"name": "adamw"}, {"name": "lars"}, {"momentum": 0.0, "nesterov": False}, {"clip_norm": 1.0}]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_captured_step_is_the_eager_step(name: str, more: dict[str, Any], accumulate: int, bf16: bool) -> None:
     plugin = registry.load_method(name)
     if not plugin.graphable:
         assert plugin.why_not_graphable
         pytest.skip(plugin.why_not_graphable)
-    settings, curves, final = OptimConfig(name=optim, lr=0.01), [], []  # type: ignore[arg-type]
-    for mode in ("off", "graph"):
+    if name != "sc" and (accumulate > 1 or more):
+        pytest.skip("the step's own options are tried on one method")
+    settings, curves, final = OptimConfig(lr=0.01, **more), [], []
+    modes: tuple[Any, ...] = ("off", "graph")
+    for mode in modes:
         method, batches = cuda_method(name)
         said: list[str] = []
-        p = pretrain.Plan(30, 3, settings, ScheduleConfig(), bf16=False, mode=mode)
+        p = pretrain.Plan(30, 3, settings, ScheduleConfig(), bf16=bf16, mode=mode, accumulate=accumulate)
         done = pretrain.train(method, batches, p, None, lambda *_: None, said.append)
         assert done.mode == mode, said
         curves.append([point["loss"] for point in done.curve])
         final.append(weights(method))
-    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
-    torch.testing.assert_close(final[0], final[1], rtol=1e-2, atol=1e-3)
+    assert curves[1] == pytest.approx(curves[0], rel=5e-2 if bf16 else 1e-3)
+    if not bf16:
+        torch.testing.assert_close(final[0], final[1], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.gpu
