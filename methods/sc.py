@@ -107,7 +107,9 @@ def _mean(values: tuple[Tensor, ...]) -> Tensor:
 class SpatialContrasting(Method):
     """Spatial contrasting"""
 
+    tier = "ranked"
     family = "contrastive"
+    idea = "two patches of one image's feature map lie nearer than patches of different images"
     year = 2016
     source = "Hoffer, Hubara & Ailon, 2016, arXiv 1610.00243"
     null_control: ClassVar[str | None] = "sc_null"
