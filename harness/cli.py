@@ -18,6 +18,21 @@ import typer
 
 import harness
 from harness import registry
+from harness.verbs.options import (
+    DataDir,
+    Eval,
+    Json,
+    Labels,
+    LabelSeed,
+    Plugins,
+    RunWord,
+    Set,
+    Tracking,
+    Workspace,
+    add_plugins,
+    complete,
+    words,
+)
 
 if TYPE_CHECKING:
     from harness.arms import Request
@@ -42,38 +57,6 @@ class Terminated(BaseException):
     """SIGTERM, as an exception: journals are closed and locks freed on the way out."""
 
 
-def _complete(kind: registry.Kind) -> Any:
-    return lambda incomplete: [name for name in registry.names(kind) if name.startswith(incomplete)]
-
-
-Workspace = Annotated[Path, typer.Option("--workspace", help="Folder that holds results/, .harness/ and mlflow.db.")]
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Folder of the data sets (else HARNESS_DATA, else ./data).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugins", help="Folder with methods/, datasets/ or evaluators/ of yours.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key (harness describe METHOD)."),
-]
-Eval = Annotated[
-    str | None,
-    typer.Option("--eval", help="Evaluators, comma-separated (default linear_probe,knn,fine_tune,representation)."),
-]
-Labels = Annotated[
-    str, typer.Option("--labels", help="Label budget: all, a count, a fraction like 0.1, Npc per class, or folds.")
-]
-LabelSeed = Annotated[
-    int | None, typer.Option("--label-seed", min=0, max=2**62, help="Which labelled images (default: the seed).")
-]
-Tracking = Annotated[
-    str | None, typer.Option("--tracking", help="MLflow address, or none (default: the workspace's own store).")
-]
-RunWord = Annotated[str, typer.Argument(metavar="RUN", help="`latest` or the first letters of a pretrain_id.")]
-
-
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"harness {harness.__version__}")
@@ -92,11 +75,11 @@ def _main(
 @app.command()
 def run(
     method: Annotated[
-        str | None, typer.Option("--method", help="Registered method.", autocompletion=_complete("method"))
+        str | None, typer.Option("--method", help="Registered method.", autocompletion=complete("method"))
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=_complete("dataset")),
+        typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=complete("dataset")),
     ] = None,
     encoder: Annotated[str | None, typer.Option("--encoder", help="Network (default: the data set's).")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the pretraining images.")] = None,
@@ -140,7 +123,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Pretrain METHOD on DATASET, evaluate it beside the controls, and record every number."""
-    _add_plugins(plugins)
+    add_plugins(plugins)
     from harness.arms import Request
     from harness.config import Layers, load_recipe, parse_overrides
 
@@ -153,7 +136,7 @@ def run(
         method=_needed("--method", method, recipes, "method"), dataset=_needed("--dataset", dataset, recipes, "dataset"),
         layers=Layers(recipes, {k: v for k, v in flags.items() if v is not None}, parse_overrides(overrides or [])),
         workspace=workspace.resolve(), data_dir=data_dir, labels=labels, label_seed=label_seed,
-        evaluators=_words(evaluators), device=device, deterministic=deterministic, offline=offline,
+        evaluators=words(evaluators), device=device, deterministic=deterministic, offline=offline,
         control=not no_control, tracking=tracking, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     _carry_out(request, dry_run, as_json, seeds)
@@ -184,13 +167,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished pretraining, or an outside encoder, by the same protocol."""
-    _add_plugins(plugins)
+    add_plugins(plugins)
     from harness.config import parse_overrides
     from harness.runner import evaluation_request
 
     request = evaluation_request(
         word, weights, encoder, dataset, workspace.resolve(), parse_overrides(overrides or []), data_dir=data_dir,
-        labels=labels, label_seed=label_seed, evaluators=_words(evaluators), control=not no_control, tracking=tracking,
+        labels=labels, label_seed=label_seed, evaluators=words(evaluators), control=not no_control, tracking=tracking,
     )  # fmt: skip
     _carry_out(request, dry_run, as_json)
 
@@ -204,15 +187,6 @@ def _needed(flag: str, value: str | None, recipes: list[Any], key: str) -> str:
         kind: registry.Kind = "method" if key == "method" else "dataset"
         raise HarnessError(f"{flag} is missing; known: {', '.join(registry.names(kind))}")
     return value
-
-
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(dict.fromkeys(w.strip() for w in text.split(",") if w.strip()))
-
-
-def _add_plugins(folders: list[Path] | None) -> None:
-    for folder in folders or []:
-        registry.add_folder(folder)
 
 
 def _carry_out(request: Request, dry_run: bool, as_json: bool, seeds: str | None = None) -> None:
@@ -296,11 +270,11 @@ def _print_outcome(outcome: Outcome) -> None:
 @app.command("profile")
 def profile_(
     method: Annotated[
-        str | None, typer.Option("--method", help="Registered method.", autocompletion=_complete("method"))
+        str | None, typer.Option("--method", help="Registered method.", autocompletion=complete("method"))
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=_complete("dataset")),
+        typer.Option("--dataset", help="Registered data set, or folder:PATH.", autocompletion=complete("dataset")),
     ] = None,
     encoder: Annotated[str | None, typer.Option("--encoder", help="Network (default: the data set's).")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
@@ -323,7 +297,7 @@ def profile_(
     """Show where a training step's time and memory go, and how near it is to the device's limit."""
     for name, quiet in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
         os.environ.setdefault(name, quiet)  # before torch is loaded: its profiler talks on stderr
-    _add_plugins(plugins)
+    add_plugins(plugins)
     from harness.arms import Request
     from harness.config import Layers, load_recipe, parse_overrides
     from harness.console import print_profile
@@ -351,7 +325,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what is registered, or the runs of a workspace."""
-    _add_plugins(plugins)
+    add_plugins(plugins)
     from harness import listing
     from harness.console import print_table
 
@@ -367,12 +341,12 @@ def list_(
 
 @app.command()
 def describe(
-    method: Annotated[str, typer.Argument(help="Registered method.", autocompletion=_complete("method"))],
+    method: Annotated[str, typer.Argument(help="Registered method.", autocompletion=complete("method"))],
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Show every setting of METHOD: key, default, meaning, search range, source."""
-    _add_plugins(plugins)
+    add_plugins(plugins)
     from harness import listing
     from harness.console import console, print_table
 

@@ -14,6 +14,7 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 # Modules of the core from the top down; each may import those of lower tiers and of its own.
 TIERS: list[set[str]] = [
     {"cli"},
+    {"verbs", "verbs.options"},
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
     {"runner", "seeds"},
