@@ -51,7 +51,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Every registered method, ranked ones first; then the longer runs."""
+    """Every registered method, the variants, the longer runs."""
     names = [n for n in registry.names("method") if registry.load_method(n).role != "outside"]
     names.sort(key=lambda n: (registry.load_method(n).tier != "ranked", n))
     out = []
@@ -67,7 +67,15 @@ def variants() -> list[Variant]:
     out.append(Variant("random_init", "vit_tiny", {"encoder.name": "vit_tiny"}))
     plain = {variant.method: variant for variant in out if not variant.note}
     out += [Variant(n, "16 epochs", {**plain[n].settings, "epochs": 16}) for n in LONGER]
-    return out
+    return sorted(out, key=_importance)
+
+
+def _importance(variant: Variant) -> int:
+    """What everything is held against comes first, then the ranked methods: a study that is cut short is of use."""
+    plugin = registry.load_method(variant.method)
+    if plugin.role is not None:
+        return 0
+    return 1 + (plugin.tier != "ranked") + (variant.note != "") * (plugin.tier != "ranked")
 
 
 def settings_of(variant: Variant, dataset: str) -> dict[str, Any]:
