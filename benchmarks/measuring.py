@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from harness.allocator import keep_freed_memory
+
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its ended children."""
@@ -147,8 +149,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def options(name: str, doc: str, **extra: Mapping[str, Any]) -> tuple[argparse.Namespace, Bench]:
+def options(
+    name: str, doc: str, keep_memory: bool = True, **extra: Mapping[str, Any]
+) -> tuple[argparse.Namespace, Bench]:
     """Parse the flags every benchmark has and its own ones (`flag={...add_argument's words...}`).
+
+    keep_memory: keep freed memory in the process as a run on a CPU does; peers timed beside it have the use of it too
 
     --core N pins this process and what it starts to one core with one thread and counts CPU seconds; -1, or a device
     other than the CPU, leaves it alone and counts wall seconds. Threads: --threads, only with --core -1.
@@ -165,6 +171,8 @@ def options(name: str, doc: str, **extra: Mapping[str, Any]) -> tuple[argparse.N
         parser.add_argument(f"--{flag.replace('_', '-')}", **words)
     chosen = parser.parse_args()
     device = torch.device(chosen.device)
+    if keep_memory and device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     pinned = chosen.core >= 0 and device.type == "cpu"

@@ -34,6 +34,7 @@ from harness import (
     runs,
 )
 from harness import weights as weights_of
+from harness.allocator import keep_freed_memory
 from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, in_group, make_plan
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
@@ -148,6 +149,8 @@ def tracked(request: Request, outcome: Outcome) -> Iterator[mirror.Tracking]:
 @contextlib.contextmanager
 def numerics(plan: Plan) -> Iterator[None]:
     """Threads and determinism of a run, put back afterwards."""
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     threads = torch.get_num_threads()
     torch.backends.cudnn.allow_tf32 = False  # fp32 in a row means fp32
     tried = torch.backends.cudnn.benchmark

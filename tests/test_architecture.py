@@ -23,7 +23,7 @@ TIERS: list[set[str]] = [
     {"evaluation", "provenance", "records", "weights", "stacked", "floor"},
     {"pretrain", "config", "budgets", "journal", "figures"},
     {"step"},
-    {"batches", "checkpoint", "registry"},
+    {"batches", "checkpoint", "registry", "allocator"},
     {"optim", "encoders", "conv_encoder", "outside_encoders", "vit", "heads", "patches", "receptive_field", "fingerprint",
      "augment", "image_operations", "views", "multi_crop", "durable", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
     {"contracts"},
