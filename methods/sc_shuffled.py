@@ -20,10 +20,11 @@ from torch import nn
 from harness.augment import mix, permutation
 from harness.contracts import PretrainingData
 from harness.encoders import set_batch_norm_statistics
-from harness.methods.random_init import NUM_BATCHES
 from harness.methods.sc import SpatialContrasting
 
 __all__ = ["ShuffledSpatialContrasting", "shuffle_weights"]
+
+NUM_BATCHES = 64  # random_init's; written here because a run's identity is made of its own method's files
 
 
 @torch.no_grad()

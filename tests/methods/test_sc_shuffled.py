@@ -15,6 +15,7 @@ import harness
 from harness import checkpoint
 from harness.batches import Batches
 from harness.contracts import Method
+from harness.methods import random_init, sc_shuffled
 from harness.methods.sc import SpatialContrasting
 from harness.methods.sc_shuffled import ShuffledSpatialContrasting, shuffle_weights
 from harness.runs import checkpoint_folder
@@ -128,3 +129,4 @@ def test_a_kill_after_the_last_step_changes_nothing(tmp_path: Path, monkeypatch:
 def test_what_it_says_of_itself() -> None:
     assert ShuffledSpatialContrasting.role is None and ShuffledSpatialContrasting.trains
     assert SpatialContrasting.after_training is Method.after_training
+    assert sc_shuffled.NUM_BATCHES == random_init.NUM_BATCHES
