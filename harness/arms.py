@@ -12,6 +12,7 @@ import torch
 
 from harness import __version__, durable, encoders, fingerprint, registry, stacked, weights
 from harness.augment import hash_seeds, stream_key
+from harness.batches import Batches, MixedBatches, num_labelled
 from harness.budgets import make_budgets
 from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, build, dotted, resolve
 from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
@@ -327,9 +328,11 @@ def _arm(
         raise HarnessError(
             f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N"
         )
-    batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
-    if labelled is not None:  # a small budget makes small batches
-        config = config.model_copy(update={"accumulate": min(config.accumulate, max(1, batch // 2))})
+    batch = config.batch_size
+    if labelled is not None:  # a small budget makes small batches, or puts few labelled images in each
+        shown = num_labelled(batch, len(labelled)) if plugin.sees_unlabelled else min(batch, len(labelled))
+        batch = batch if plugin.sees_unlabelled else shown
+        config = config.model_copy(update={"accumulate": min(config.accumulate, max(1, shown // 2))})
     if plugin.trains and batch // config.accumulate < 2 <= batch:
         raise HarnessError(
             f"accumulate {config.accumulate}: fewer than two images of a batch of {config.batch_size} are left in a part; "
@@ -356,6 +359,20 @@ def _arm(
         steps,
         batch,
     )
+
+
+def training_batches(arm: Arm, material: Material, device: torch.device) -> Batches:
+    """What the arm is trained on: the pretraining images, for a supervised method the labelled ones, or both."""
+    images = material.placed_images(device)
+    size, seed = arm.batch_size, arm.config.seed
+    if arm.labelled is None:
+        return Batches(images, None, batch_size=size, seed=seed, device=device)
+    train = material.split("train")
+    assert train.labels is not None
+    labelled, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
+    if arm.plugin.sees_unlabelled:
+        return MixedBatches(images, labelled, labels, batch_size=size, seed=seed, device=device)
+    return Batches(labelled, labels, batch_size=size, seed=seed, device=device)
 
 
 def _compile_mode(plugin: type[Method], name: str, device: torch.device, steps: int) -> str:

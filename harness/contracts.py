@@ -74,8 +74,10 @@ class Batch:
     """What a method sees at one step; everything on the training device.
 
     images: (B, C, H, W) uint8, channels_last in memory
-    labels: (B,) int64, or None: only a method that declares `supervised` ever gets them
-    indices: (B,) int64 positions in the pretraining data
+    labels: (B,) int64, or None: only a method that declares `supervised` ever gets them; -1 marks an unlabelled image of
+        one that `sees_unlabelled` as well
+    indices: (B,) int64 positions in the pretraining data; a supervised method's among its labelled images, which follow
+        the pretraining data for one that `sees_unlabelled` as well
     seeds: (B,) int64 = hash(seed, epoch, index): the only source of randomness (see augment.uniform)
     """
 
@@ -300,6 +302,7 @@ class Method(nn.Module, ABC):
     trains: False when there is nothing to optimise (`loss` is never called)
     views_per_image: encoder inputs made of one image (for `views_seen`)
     supervised: True when it is shown labels; then the labelled indices enter its identity
+    sees_unlabelled: True when a supervised method learns from the pretraining images as well as from the labelled ones
     graphable: False (with `why_not_graphable`) when a step cannot be captured in a CUDA graph
     tier: "ranked" is carried through every comparison; "ported" runs and is tested, but nobody has run it properly yet
     family, year, idea (one line), source: what lists and tables say of it
@@ -312,6 +315,7 @@ class Method(nn.Module, ABC):
     trains: ClassVar[bool] = True
     views_per_image: ClassVar[int] = 1
     supervised: ClassVar[bool] = False
+    sees_unlabelled: ClassVar[bool] = False
     graphable: ClassVar[bool] = True
     why_not_graphable: ClassVar[str] = ""
     tier: ClassVar[Literal["ranked", "ported"]] = "ported"
@@ -353,6 +357,12 @@ class Method(nn.Module, ABC):
 
     def on_epoch_start(self, data: PretrainingData, epoch: int) -> None:
         """A pass over the data before each epoch (clusters)."""
+
+    def after_training(self, data: PretrainingData) -> None:
+        """A pass over the data after the last step: what the encoder is then is kept and measured.
+
+        A killed command repeats it from the trained weights, so it may depend on nothing but them and `data`.
+        """
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """What the method really sees of `batch`, for the figures: {"view 1": (B, C, H, W) floats in [0, 1], ...}."""

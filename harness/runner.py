@@ -35,13 +35,24 @@ from harness import (
 )
 from harness import weights as weights_of
 from harness.allocator import keep_freed_memory
-from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, in_group, make_plan
+from harness.arms import (
+    Arm,
+    Cell,
+    Plan,
+    Request,
+    build_encoder,
+    build_method,
+    cells,
+    environment,
+    in_group,
+    make_plan,
+    training_batches,
+)
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
 from harness.contracts import Encoder, Evaluation, HarnessError, Measurement, Method, Row, Status
 from harness.encoders import set_batch_norm_statistics
 from harness.evaluation import FeatureCache, Task, private_copy
-from harness.mapped import select
 from harness.run_figures import log_evaluation_figures, log_pretraining_figures
 from harness.step import Mode
 
@@ -272,6 +283,8 @@ class ArmRun:
                 "images_per_second": steps * arm.batch_size / done.seconds if done.seconds else None, "compile": done.mode,
             }  # fmt: skip
             clock = time.monotonic() - done.seconds
+            if done.failed_at is None:
+                method.after_training(everything)
         method.eval()
         facts |= {
             "views_seen": facts["images_seen"] * arm.plugin.views_per_image, "device_seconds": time.monotonic() - clock,
@@ -294,12 +307,7 @@ class ArmRun:
 
     def _train(self, method: Method) -> pretrain.Finished:
         arm, device = self.arm, self.plan.device
-        images, labels = self.plan.material.placed_images(device), None
-        if arm.labelled is not None:
-            train = self.plan.material.split("train")
-            assert train.labels is not None
-            images, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
-        data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
+        data = training_batches(arm, self.plan.material, device)
         if data.placement != "resident":
             self.reporter.note(f"{len(data):,} images do not fit on the device: {data.placement} (docs/decisions/008)")
         if device.type == "cuda" and not arm.plugin.graphable:

@@ -55,6 +55,10 @@ EXCEPTIONS = {"export.py": {"evaluators.linear_probe"}}
 # A method may build on the one it is a variant of.
 VARIANTS = {
     "methods/sc_null.py": {"methods.sc"},
+    "methods/sc_semi.py": {"methods.sc"},
+    "methods/sc_shuffled.py": {"methods.sc"},
+    "methods/lsuv.py": {"methods.random_init"},
+    "methods/pca_whiten.py": {"methods.pixels"},
     "methods/pixels_svm.py": {"methods.pixels"},
     "methods/hog.py": {"methods.pixels"},
     "methods/coates_kmeans.py": {"methods.pixels"},
