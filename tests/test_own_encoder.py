@@ -56,7 +56,9 @@ def test_its_own_encoder_has_one_identity_however_it_comes_about(name: str) -> N
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("asked", ["convnet_small", "resnet18"])
 def test_a_convolutional_encoder_is_refused_by_name(name: str, asked: str) -> None:
-    expected = f"--encoder {asked}: method '{name}' needs one of vit_tiny, vit_small; name one of these, or leave it out"
+    expected = (
+        f"--encoder {asked}: method '{name}' needs one of vit_tiny, vit_small; name one of these, or leave it out"
+    )
     with pytest.raises(HarnessError) as error:
         arm(name, asked)
     assert str(error.value) == expected
