@@ -140,4 +140,4 @@ def idea(plugin: type[Method]) -> str:
     text = " ".join((inspect.getdoc(sys.modules[plugin.__module__]) or plugin.source).split("\n\n")[0].split())
     kind, colon, rest = text.partition(": ")
     text = rest if colon and kind.lower() == plugin.role else text  # the group says `floor` already
-    return text.partition(". ")[0].rstrip(".")
+    return text[:1].lower() + text[1:].partition(". ")[0].rstrip(".")
