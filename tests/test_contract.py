@@ -1,5 +1,5 @@
 """What every registered method must do, on digits, tiny STL-10 files, a grey and a colour folder: each cell runs, or is
-refused by one line before any work. Batches of 4 and few steps: this is about the contract, nothing is learnt.
+refused by one line before any work. Batches of 8 and few steps: this is about the contract, nothing is learnt.
 
 The encoder is the data set's default one or the method's own; `paper_stl10` takes seconds a step on a CPU at 96 px, so
 those cells are built with it, which is where a method refuses, and take their steps with `convnet_small`, whose map has
@@ -25,7 +25,7 @@ from harness import registry
 from harness.arms import build_method
 from harness.augment import hash_seeds
 from harness.batches import Batches
-from harness.config import Layers, RunConfig, dotted, resolve
+from harness.config import Layers, RunConfig, describe, dotted, resolve
 from harness.contracts import Batch, Choice, DatasetInfo, HarnessError, Method, Range, Split
 from harness.optim import OptimConfig, ScheduleConfig
 from harness.pretrain import Plan, train
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 METHODS = [name for name in registry.names("method") if registry.load_method(name).role != "outside"]
 TRAINED = [name for name in METHODS if registry.load_method(name).trains]
 DATA = ("digits", "stl10", "grey folder", "colour folder")
-SIZE, COUNT = 4, 10  # a batch, and the images: two steps an epoch, so that the third begins another
+SIZE, COUNT = 8, 20  # a batch, and the images: two steps an epoch, so that the third begins another
 JOINT_POINTS = 4
 
 
@@ -64,8 +64,8 @@ class Material:
 def materials(tmp_path_factory: pytest.TempPathFactory, published_formats: ModuleType) -> dict[str, Material]:
     top, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     published_formats.write_stl10(top, rng)
-    published_formats.write_image_folder(top / "grey", rng, size=(32, 32), grey=True)
-    published_formats.write_image_folder(top / "colour", rng, size=(32, 32))
+    published_formats.write_image_folder(top / "grey", rng, num_train=COUNT, size=(32, 32), grey=True)
+    published_formats.write_image_folder(top / "colour", rng, num_train=COUNT, size=(32, 32))
     out = {}
     for name in DATA:
         spec = f"folder:{top / name.split()[0]}" if name.endswith("folder") else name
@@ -188,7 +188,7 @@ def test_resume_is_bit_identical(cell: tuple[str, Material], tmp_path: Path) -> 
 
     plan = EveryStep(3, 1, OptimConfig(lr=0.01), ScheduleConfig(), bf16=False, checkpoint_seconds=0.0)
     straight, killed, resumed = (material.make(name) for _ in range(3))
-    for method in (straight, killed):
+    for method in (straight, killed, resumed):  # as the runner does, also when it goes on
         method.prepare(material.batches(name))
     train(straight, material.batches(name), plan, None, lambda *_: None)
     with pytest.raises(Killed):
@@ -234,7 +234,7 @@ def joint_points(model: Any, count: int) -> Iterator[dict[str, Any]]:
         low, high = (np.log([search.low, search.high]) if search.log else np.array([search.low, search.high])).tolist()
         value = low + share * (high - low)
         value = min(max(float(np.exp(value)) if search.log else value, search.low), search.high)
-        return round(value) if kind is int else value
+        return round(value) if kind is int or kind == int | None else value
 
     for shares in [dict.fromkeys(searched, 0.0), dict.fromkeys(searched, 1.0)] + [
         {key: float(rng.random()) for key in searched} for _ in range(count)
@@ -244,9 +244,17 @@ def joint_points(model: Any, count: int) -> Iterator[dict[str, Any]]:
 
 @cells(METHODS)
 def test_points_of_the_search_space_are_valid(cell: tuple[str, Material]) -> None:
+    """Each is of the right type and within its limits; where the numbers do not fit this data, one line says so."""
     name, material = cell
+    fitting = 0
     for point in joint_points(registry.load_method(name).Config, JOINT_POINTS):
-        material.make(name, **point)
+        config = material.config(name, **point)
+        try:
+            build_method(name, config, material.info)
+            fitting += 1
+        except HarnessError as error:
+            assert str(error).startswith(f"{name}: ") and "\n" not in str(error)
+    assert fitting > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -259,12 +267,13 @@ def test_settings_have_meaning_and_one_spelling(name: str, materials: dict[str, 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_unknown_setting_lists_near_ones(name: str, materials: dict[str, Material]) -> None:
-    for key in list(registry.load_method(name).Config.model_fields) or ["temperature"]:
+    known = [record["key"].removeprefix("method.") for record in describe(registry.load_method(name).Config, "method.")]
+    for key in known or ["temperature"]:
         with pytest.raises(HarnessError) as error:
             materials["digits"].config(name, **{f"method.{key}x": 1})
         text = str(error.value)
         assert text.startswith(f"unknown setting 'method.{key}x' of method '{name}'; ") and "\n" not in text
-        if registry.load_method(name).Config.model_fields:
+        if known:
             assert f"method.{key}" in text.partition("did you mean ")[2].rstrip("?").split(", ")
 
 
