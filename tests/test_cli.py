@@ -176,7 +176,6 @@ def test_methods_are_listed_by_family_and_year(
     ordered = [(groups.index(r["role"]), r["family"], r["year"]) for r in records]
     assert ordered == sorted(ordered)
     assert all(record["idea"] for record in records)
-    monkeypatch.setenv("COLUMNS", "300")  # a terminal that breaks no word
     _, out, _ = invoke(["list", "methods"], tmp_path, monkeypatch, capfd)
     assert "dictionary" in out and "coates_kmeans" in out and "idea" in out
 
