@@ -81,14 +81,8 @@ class Bench:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print one table now (unless --json); it is in the JSON document as well."""
         self.tables.append({"title": title, "columns": list(columns), "rows": [list(row) for row in rows]})
-        if self.as_json:
-            return
-        cells = [list(columns)] + [[_shown(value) for value in row] for row in rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-        print(f"\n{title}")
-        for row in cells:
-            padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            print("  " + "  ".join(padded).rstrip(), flush=True)
+        if not self.as_json:
+            print(laid_out(title, columns, rows), flush=True)
 
     def finish(self) -> None:
         """Print the conditions, or the whole document with --json."""
@@ -102,7 +96,23 @@ class Bench:
             print(json.dumps({"benchmark": self.name, "conditions": conditions, "tables": self.tables,
                               "figures": self.figures}, indent=1))  # fmt: skip
         else:
-            print("\n" + "; ".join(f"{key} {value}" for key, value in conditions.items()))
+            print("\n" + conditions_line(conditions))
+
+
+def laid_out(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as text."""
+    cells = [list(columns)] + [[_shown(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [f"\n{title}"]
+    for row in cells:
+        padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def conditions_line(conditions: Mapping[str, Any]) -> str:
+    """What the figures were measured under, in one line."""
+    return "; ".join(f"{key} {value}" for key, value in conditions.items())
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,21 @@ def _pretrain_images(dataset: Any, info: DatasetInfo, config: DataConfig, seed: 
     return images.contiguous(memory_format=torch.channels_last)
 
 
+def own_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Callable[[], Encoder] | None:
+    """What makes the encoder that the method brings; None where the asked-for one is used: it brings none, or one of
+    the same kind is asked for (another size)."""
+    plugin = registry.load_method(method)
+    own = plugin.own_encoder(info)
+    if own is None or (own.name != config.encoder.name and encoders.same_kind(own.name, config.encoder.name)):
+        return None
+    return lambda: plugin.own_encoder(info) or own
+
+
 def build_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Encoder:
     """The arm's freshly initialised encoder: the same seed gives every method the same one."""
-    plugin = registry.load_method(method)
+    own = own_encoder(method, config, info)
     torch.manual_seed(_init_seed(config.seed, "encoder"))
-    encoder = plugin.own_encoder(info) or encoders.build(config.encoder, info)
+    encoder = own() if own else encoders.build(config.encoder, info)
     encoder.activation_checkpointing = config.activation_checkpointing
     return encoder
 
@@ -281,6 +291,7 @@ def _arms(
             mine = tuple(e for e in mine if not registry.load_evaluator(e).needs_labels)
         config = _resolve(request, name, default_encoder, tuple(dict.fromkeys((*evaluators, *mine))))
         checked = build_method(name, config, info)  # refuses here what does not fit
+        config = _as_built(config, checked.encoder, _asked_encoder(request, name))
         mine = tuple(e for e in mine if _can_run(registry.load_evaluator(e), checked.encoder))
         for evaluator in mine:
             registry.load_evaluator(evaluator)(config.eval[evaluator]).check(checked.encoder)
@@ -290,6 +301,26 @@ def _arms(
             arm = _arm(name, role, config, checked.encoder, info, device, request, material, mine, group)
             together = request.stacked and plugin.trains and stacked.obstacle(checked, config) is None
             yield in_group(arm, request.stacked) if together else arm
+
+
+def _asked_encoder(request: Request, method: str) -> str | None:
+    """The encoder named for this very method by a flag or --set; a recipe's is meant for whoever can use it."""
+    if method != request.method or request.pinned is not None:
+        return None
+    asked: str | None = (request.layers.flags | request.layers.overrides).get("encoder.name")
+    return asked
+
+
+def _as_built(config: RunConfig, encoder: Encoder, asked: str | None) -> RunConfig:
+    """The settings with the name of the network that is really trained. Raises HarnessError where that is not `asked`."""
+    if encoder.name == config.encoder.name or encoder.name not in encoders.names():
+        return config
+    if asked is not None:
+        kind = ", ".join(name for name in encoders.names() if encoders.same_kind(name, encoder.name)) or encoder.name
+        raise HarnessError(
+            f"--encoder {asked}: method '{config.method_name}' needs one of {kind}; name one of these, or leave it out"
+        )
+    return config.model_copy(update={"encoder": encoders.EncoderConfig(name=encoder.name)})
 
 
 def in_group(arm: Arm, seeds: Sequence[int] | None) -> Arm:
@@ -404,7 +435,7 @@ def _identity(
     """Every setting that can change the weights. What trains nothing does not depend on how it would be trained."""
     settings = dotted(config)
     shared: tuple[str, ...] = ("seed", "data.", "method.", "num_threads")
-    if plugin.own_encoder(info) is None:
+    if own_encoder(name, config, info) is None:
         shared += ("encoder.",)
     if plugin.trains:
         shared += ("epochs", "batch_size", "precision", "compile", "accumulate", "activation_checkpointing")

@@ -333,8 +333,8 @@ def list_(
     if as_json:
         typer.echo(json.dumps({what: records}))
     elif records:
-        columns = list(records[0])
-        print_table(columns, [[record[c] for c in columns] for record in records])
+        columns = [column for column in records[0] if column not in listing.JSON_ONLY[what]]
+        print_table(columns, [[record[c] for c in columns] for record in records], grouped=what == "methods")
     else:
         typer.echo(f"no {what} yet")
 

@@ -300,7 +300,8 @@ class Method(nn.Module, ABC):
     role: None for a method; "control" or "floor" for what every run is measured beside; "outside" for the one that
         stands for weights made elsewhere
     trains: False when there is nothing to optimise (`loss` is never called)
-    views_per_image: encoder inputs made of one image (for `views_seen`)
+    views_per_image: encoder inputs made of one image, by default settings; where some of them change it, its Config has
+        a property of this name (see `num_views`)
     supervised: True when it is shown labels; then the labelled indices enter its identity
     sees_unlabelled: True when a supervised method learns from the pretraining images as well as from the labelled ones
     graphable: False (with `why_not_graphable`) when a step cannot be captured in a CUDA graph
@@ -338,12 +339,21 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def own_encoder(cls, info: DatasetInfo) -> Encoder | None:
-        """The encoder of a method that cannot use the asked-for one (pixels, HOG), else None."""
+        """The encoder of a method that cannot use the data set's default one, else None.
+
+        One of `harness list encoders` (vit_tiny) gives way to another of its kind that is asked for by name; any other
+        (pixels, HOG) is no network, and `--encoder` speaks of the controls only.
+        """
         return None
 
     @abstractmethod
     def loss(self, batch: Batch, step: Tensor) -> dict[str, Tensor]:
         """Return {"loss": scalar to minimise, ...scalar monitors}; `step` is a 0-d int64 device tensor."""
+
+    @property
+    def num_views(self) -> int:
+        """Encoder inputs made of one image by this very instance: settings may add to `views_per_image`."""
+        return int(getattr(self.config, "views_per_image", self.views_per_image))
 
     def after_step(self, progress: Tensor) -> None:
         """Update what is not optimised (momentum teachers, queues); `progress` is a 0-d tensor in [0, 1]."""

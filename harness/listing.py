@@ -15,6 +15,7 @@ from harness.encoders import EncoderConfig
 from harness.optim import OptimConfig, ScheduleConfig
 
 KINDS = ("methods", "datasets", "encoders", "evaluators", "recipes", "runs")
+JSON_ONLY = {kind: ("role", "source") if kind == "methods" else () for kind in KINDS}  # too wide for a terminal
 
 
 def records(what: str, workspace: Path) -> list[dict[str, Any]]:
@@ -26,12 +27,17 @@ def records(what: str, workspace: Path) -> list[dict[str, Any]]:
 
 
 def _methods() -> list[dict[str, Any]]:
-    plugins = [(name, registry.load_method(name)) for name in registry.names("method")]
-    return [
-        {"name": name, "title": registry.title(p), "family": p.family, "year": p.year, "role": p.role or "method",
-         "source": p.source}
-        for name, p in sorted(plugins, key=lambda pair: (pair[1].role or "", pair[1].family, pair[1].year, pair[0]))
+    """By family and year; null controls, controls, floors and what stands for outside weights come last, in this order."""
+    plugins = {name: registry.load_method(name) for name in registry.names("method")}
+    null = {p.null_control for p in plugins.values()}
+    roles = {name: p.role or ("null control" if name in null else "method") for name, p in plugins.items()}
+    order = ("method", "null control", "control", "floor", "outside")
+    records = [
+        {"family": p.family, "method": name, "title": registry.title(p), "year": p.year, "role": roles[name],
+         "tier": p.tier if roles[name] == "method" else "", "idea": registry.idea(p), "source": p.source}
+        for name, p in plugins.items()
     ]  # fmt: skip
+    return sorted(records, key=lambda r: (order.index(r["role"]), r["family"], r["year"], r["method"]))
 
 
 def _datasets() -> list[dict[str, Any]]:

@@ -287,7 +287,7 @@ class ArmRun:
                 method.after_training(everything)
         method.eval()
         facts |= {
-            "views_seen": facts["images_seen"] * arm.plugin.views_per_image, "device_seconds": time.monotonic() - clock,
+            "views_seen": facts["images_seen"] * method.num_views, "device_seconds": time.monotonic() - clock,
             "peak_memory_bytes": provenance.peak_memory_bytes(device), "started_at": started, "finished_at": _now(),
             "curve": curve, **provenance.code_state(),
         }  # fmt: skip
