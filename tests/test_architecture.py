@@ -20,7 +20,7 @@ TIERS: list[set[str]] = [
     {"runner", "seeds"},
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
     {"arms"},
-    {"evaluation", "provenance", "records", "weights", "stacked", "floor"},
+    {"evaluation", "provenance", "records", "weights", "stacked", "floor", "statistics"},
     {"pretrain", "config", "budgets", "journal", "figures"},
     {"step"},
     {"batches", "checkpoint", "registry"},
