@@ -15,7 +15,7 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 TIERS: list[set[str]] = [
     {"cli"},
     {"verbs", "verbs.options"},
-    {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
+    {"report.summary", "report.warnings", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
     {"runner", "seeds"},
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
