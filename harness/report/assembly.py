@@ -21,7 +21,7 @@ from harness.report import published
 from harness.report import warnings as checks
 from harness.report.boards import Board, Difference, Entry
 from harness.report.entries import Arm, arms_of, entry_of, flags_of, paired_values
-from harness.report.measurements import Measured, Plugin, label_free, lost, measured, plugins_of
+from harness.report.measurements import CLEAN, CORRUPTED, Measured, Plugin, label_free, lost, measured, plugins_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,8 +106,11 @@ def _by_encoder(here: Sequence[Measured], plugins: Mapping[str, Plugin]) -> dict
 
 
 def _read_by(evaluator: str, members: Sequence[Measured], plugins: Mapping[str, Plugin]) -> list[Measured]:
-    """Those measured by `evaluator`; of a floor that has none, those by the first of FLOOR_EVALUATORS that it has."""
+    """Those measured by `evaluator`; of a floor that has none, those by the first of FLOOR_EVALUATORS that it has, where
+    the board is about clean test images."""
     out = [one for one in members if one.evaluator == evaluator]
+    if any(one.metric == CORRUPTED for one in out):
+        return out
     read = {one.method for one in out}
     floors = [one for one in members if plugins[one.method].role == "floor" and one.method not in read]
     for name in dict.fromkeys(one.method for one in floors):
@@ -143,7 +146,8 @@ def _board(
     return Board(
         key="", title=title + (" (a reconstruction)" if "RECONSTRUCTION" in _about(encoder) else ""),
         dataset=place.dataset, pretrain_data=place.data, encoder=encoder, labels=place.labels, evaluator=evaluator,
-        split=split, metric="top1", n_test=max(counts, default=None), numbers_version=place.numbers_version,
+        split=split, metric=CORRUPTED if members[0].metric == CORRUPTED else CLEAN[0],
+        n_test=max(counts, default=None), numbers_version=place.numbers_version,
         data_sha256=place.data_sha256, data_verified=verified, baseline=family.baseline,
         best_floor=best_floor.key if best_floor else None,
         readouts=(*[n for n in NETWORK_READOUTS if n in names], *sorted(names - set(NETWORK_READOUTS))),
@@ -173,6 +177,7 @@ def _facts(
 ) -> dict[str, str]:
     runs = {one.pretrain_id for one in members}
     facts = {
+        "value": ", ".join(sorted({one.metric for one in members})),
         "split": f"{split}, {n_test:,} images" if n_test and split == "test" else split,
         "data": f"{'published files' if verified else 'NOT verified as the published files'}, {place.data_sha256[:12]}",
         "encoder": f"{encoder}: {_about(encoder)}" if _about(encoder) else encoder,

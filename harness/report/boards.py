@@ -151,7 +151,8 @@ class Board:
 
     key: short, unique among the boards, fit for a file name or an anchor; title: one line; dataset_title: the data set's
     facts: what holds for every entry ({"test images": "10,000", ...}), in the order to be shown
-    split: `test`, or `validation` where no test split was opened; metric: what `values` are, `top1`
+    split: `test`, or `validation` where no test split was opened; metric: what `values`
+        are: `top1`, or `top1_corrupted`, the mean over generated corruptions
     baseline: name of the method that `Entry.control` is the difference to; best_floor: key of the floor with the best mean
     entries: methods by falling mean, then null controls, controls and floors likewise
     readouts: names of all readouts, the networks' first; seeds: all seeds of any entry
