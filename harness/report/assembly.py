@@ -234,7 +234,7 @@ class _Comparisons:
                 entry, control=control, floor=floor, null=self._difference(key, self._null(entry)),
                 best_other=self._difference(key, self._best_other(entry)),
                 above_floor=None if floor is None else floor.mean > 0,
-                works=None if floor is None or floor.low is None else floor.low > 0,
+                works=None if floor is None or floor.low is None or floor.verdict == "invalid" else floor.low > 0,
                 bold=control is not None and control.verdict == "gain",
             )  # fmt: skip
         return out
@@ -269,7 +269,8 @@ class _Comparisons:
         if other is None or other == key or not (values := self._values(key, other)):
             return None
         found = self._paired(key, other, adjusted)
-        verdict, reason = found.verdict, found.reason
+        verdict: str = found.verdict
+        reason = found.reason
         if not primary and verdict not in ("invalid", "no interval"):
             verdict, reason = "exploratory", "not of the declared family: no verdict"
         return Difference(

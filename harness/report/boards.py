@@ -76,7 +76,8 @@ class Entry:
     readouts: {readout: {seed: value}}, all of them; metrics: {other metric: mean at the headline readout}
     low, high: t 95% interval of `mean`, None below 3 seeds; deviation: over seeds, None for one
     control: to the baseline; best_other: to the best other method; null: to its null control; floor: to the best floor
-    above_floor: sign of the mean paired difference to the best floor; works: whether its interval lies above 0
+    above_floor: sign of the mean paired difference to the best floor; works: whether its interval lies above 0, None
+        without an interval or where the comparison is invalid
     unconverged, collapsed, missing: seeds; missing: seeds that others on the board have
     flags: the same and more, as short texts; bold: the verdict over the control is a gain
     runs: {seed: pretrain_ids}; settings: the configuration without what differs by seed
