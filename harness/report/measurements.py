@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -103,6 +104,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
     found: dict[tuple[Any, ...], Measured] = {}
     collapsed: set[str] = set()
     seconds: dict[str, float] = {}
+    shared: dict[str, dict[str, Any]] = {}  # configurations are few, measurements many
     for place, row in enumerate(_records(rows)):
         if row["collapsed"]:
             collapsed.add(row["pretrain_id"])
@@ -114,7 +116,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
                row["label_seed"], row["fold"])  # fmt: skip
         one = found.get(key)
         if one is None:
-            one = found[key] = _start(row)
+            one = found[key] = _start(row, shared)
         one.rows.append(place)
         _add(one, row)
     for one in found.values():
@@ -152,9 +154,10 @@ def _records(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield dict(zip(COLUMNS, values, strict=True))
 
 
-def _start(row: Mapping[str, Any]) -> Measured:
+def _start(row: Mapping[str, Any], shared: dict[str, dict[str, Any]]) -> Measured:
     settings = _settings(row)
-    identity = json.dumps(settings, sort_keys=True, default=str)
+    identity = sys.intern(json.dumps(settings, sort_keys=True, default=str))
+    settings = shared.setdefault(identity, settings)
     return Measured(
         method=row["method"], dataset=row["dataset"], data=_data(row), encoder=row["encoder"], labels=row["labels"],
         evaluator=row["evaluator"], seed=int(row["seed"]), cell=(_whole(row["label_seed"]), _whole(row["fold"])),
