@@ -100,7 +100,7 @@ CHECKED = (
 
 
 def _to_check(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row of every kind that a warning can tell apart: of 10,000 files' rows some seconds' worth are alike."""
+    """One row of every kind that a warning can tell apart: the rows of one evaluation are mostly alike in what is checked."""
     slim = rows[list(CHECKED)].astype(object)
     slim["value"] = slim["value"].where(rows["value"].isna(), 0.0)
     return slim.drop_duplicates()
