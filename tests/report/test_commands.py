@@ -74,7 +74,7 @@ def test_the_report_says_what_the_rows_say(workspace: Path, rows: pd.DataFrame) 
     low, high = stats.t.interval(0.95, 2, loc=gap.mean(), scale=stats.sem(gap))
     assert probe.control_low.iloc[0] == pytest.approx(low) and probe.control_high.iloc[0] == pytest.approx(high)
     assert set(probe.verdict) <= {"no winner", "inconclusive", "equivalent"} and not lines.bold.any()
-    assert any("missing: seed 1, 2" in flags for flags in lines[lines.method == "hog"].flags)
+    assert any("missing: seed 1, 2" in flags for flags in lines[lines.method == "hog"]["flags"])
 
 
 def test_every_form_is_written(workspace: Path, tmp_path: Path) -> None:
