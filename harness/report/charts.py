@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-COLOURS = 8
+COLOURS = SHAPES = 8
 WIDTH = 400
 _LEFT, _TOP, _BOTTOM = 44, 10, 40
 _LINE = 12.5  # least distance between two labels at the right edge
@@ -21,7 +21,7 @@ _LINE = 12.5  # least distance between two labels at the right edge
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn all over the page. colour: a class of the style sheet; shape: marker and dash, 0 to 3."""
+    """How a method is drawn all over the page. colour: a class of the style sheet; shape: marker and dash, 0 to 7."""
 
     colour: str = "c0"
     shape: int = 0
@@ -29,7 +29,7 @@ class Look:
 
 def look(index: int, grey: bool = False) -> Look:
     """The look of the method at place `index` of its kind: eight colours, then the same with another shape."""
-    return Look("grey", index % 4) if grey else Look(f"c{index % COLOURS}", index // COLOURS % 4)
+    return Look("grey", index % SHAPES) if grey else Look(f"c{index % COLOURS}", index // COLOURS % SHAPES)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, at = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return self.start + (self.end - self.start) * ((at - low) / ((high - low) or 1.0))
 
 
@@ -232,7 +234,7 @@ def scatter(
     ys = [p.y for p in points] + [v for p in points for v in p.cloud]
     y = Scale(*padded(ys), height - _BOTTOM, _TOP)
     few = sorted(set(positive))
-    marks = [(t, number(t)) for t in (few if len(few) <= 3 else _log_ticks(*x_range))]
+    marks = [(t, number(float(f"{t:.2g}"))) for t in (few if len(few) <= 3 else _log_ticks(*x_range))]
     parts = _frame(x, y, right, height, xlabel, ylabel, ([(0.0, "0")] if has_zero else []) + marks)
     if has_zero and positive:
         parts.append(f'<path class="grid" d="M{inner} {_TOP}V{height - _BOTTOM}" stroke-dasharray="2 3"/>')
@@ -272,9 +274,11 @@ def dots(points: Sequence[tuple[float, float]], labels: Sequence[int], classes: 
         if len(by_class) <= 20:
             middle = (sorted(p[axis] for p in places)[len(places) // 2] for axis in (0, 1))
             x, y = middle
-            names.append(f'<text class="halo" x="{_c(x)}" y="{_c(y + 4)}" text-anchor="middle">{escape(cut(title, 12))}</text>')
+            names.append(
+                f'<text class="halo" x="{_c(x)}" y="{_c(y + 4)}" text-anchor="middle">{escape(cut(title, 12))}</text>'
+            )
     parts += names
-    parts.append('<circle class="cursor" r="7" cx="-20" cy="-20"/>')
+    parts.append('<circle class="cursor" r="7" visibility="hidden"/>')
     return _svg(MAP_SIDE, MAP_SIDE, name, parts, "map")
 
 
@@ -318,7 +322,9 @@ def _frame(
             parts.append(f'<text x="{_c(at)}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>')
             last = at
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
-    parts.append(f'<text class="title" x="{_c((_LEFT + right) / 2)}" y="{height - 6}" text-anchor="middle">{escape(xlabel)}</text>')
+    parts.append(
+        f'<text class="title" x="{_c((_LEFT + right) / 2)}" y="{height - 6}" text-anchor="middle">{escape(xlabel)}</text>'
+    )
     middle = (_TOP + bottom) / 2
     parts.append(
         f'<text class="title" transform="translate(11 {_c(middle)}) rotate(-90)" text-anchor="middle">{escape(ylabel)}</text>'
@@ -360,16 +366,17 @@ def spread(places: Sequence[float], distance: float, low: float, high: float) ->
 
 
 def _marker(style: Look, x: float, y: float) -> str:
-    """A circle, square, triangle or diamond around (x, y)."""
+    """A circle, square, triangle or diamond around (x, y), filled or, from the fifth shape on, hollow."""
     a = 3.6
-    if style.shape == 0:
-        return f'<circle class="mark" cx="{_c(x)}" cy="{_c(y)}" r="{a}"/>'
+    kind = "mark" if style.shape < 4 else "mark hollow"
+    if style.shape % 4 == 0:
+        return f'<circle class="{kind}" cx="{_c(x)}" cy="{_c(y)}" r="{a}"/>'
     outline = {
         1: f"M{_c(x - a)} {_c(y - a)}h{2 * a}v{2 * a}h{-2 * a}z",
         2: f"M{_c(x)} {_c(y - a - 1)}l{a + 1} {2 * a}h{-2 * a - 2}z",
         3: f"M{_c(x)} {_c(y - a - 1)}l{a + 1} {a + 1}l{-a - 1} {a + 1}l{-a - 1} {-a - 1}z",
-    }[style.shape]
-    return f'<path class="mark" d="{outline}"/>'
+    }[style.shape % 4]
+    return f'<path class="{kind}" d="{outline}"/>'
 
 
 def _small(x: float, y: float) -> str:
@@ -377,12 +384,14 @@ def _small(x: float, y: float) -> str:
 
 
 def _dash(style: Look) -> str:
-    pattern = ("", "6 3", "2 2", "8 2 2 2")[style.shape]
+    pattern = ("", "6 3", "2 2", "8 2 2 2", "10 3", "4 4", "1 3", "6 2 1 2 1 2")[style.shape]
     return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
 def _finite(series: Series) -> Series:
-    points, cloud = ([p for p in some if math.isfinite(p[0]) and math.isfinite(p[1])] for some in (series.points, series.cloud))
+    points, cloud = (
+        [p for p in some if math.isfinite(p[0]) and math.isfinite(p[1])] for some in (series.points, series.cloud)
+    )
     return Series(series.name, points, cloud, series.look)
 
 

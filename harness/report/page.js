@@ -101,6 +101,7 @@
       current = index;
       maps.forEach((map, m) => {
         const cursor = map.querySelector(".cursor");
+        cursor.removeAttribute("visibility");
         cursor.setAttribute("cx", places[m][index][0]);
         cursor.setAttribute("cy", places[m][index][1]);
       });

@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -24,21 +24,31 @@ from harness.contracts import Row
 from harness.report import charts, pictures, plots, reproduction, typography
 from harness.report.boards import Board, Difference, Entry, Published
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 MOST_RUNS = 400  # with their whole provenance on the page
-ROLES = {"method": "", "outside": "outside weights", "null control": "null control", "control": "control", "floor": "floor"}
+ROLES = {
+    "method": "",
+    "outside": "outside weights",
+    "null control": "null control",
+    "control": "control",
+    "floor": "floor",
+}
 
 
-def write(boards: Sequence[Board], rows: Iterable[Row], workspace: Path, file: Path) -> None:
+def write(boards: Sequence[Board], rows: pd.DataFrame, workspace: Path, file: Path) -> None:
     """Write the page durably. Raises HarnessError when the disk is full.
 
-    rows: those that the boards were made from; workspace: where their runs left pictures and training records, if any
+    rows: those that the boards were made from (as of harness.load_results)
+    workspace: where their runs left pictures and training records, if any
     """
     durable.write_bytes(file, render(boards, rows, workspace).encode())
 
 
-def render(boards: Sequence[Board], rows: Iterable[Row], workspace: Path) -> str:
+def render(boards: Sequence[Board], frame: pd.DataFrame, workspace: Path) -> str:
     """The page as text."""
-    rows = list(rows)
+    rows = _rows(frame)
     styles = plots.looks(boards)
     facts = _records(workspace, {row.pretrain_id for row in rows})
     methods = [method for method, style in styles.items() if style.colour != "grey"]
@@ -52,11 +62,26 @@ def render(boards: Sequence[Board], rows: Iterable[Row], workspace: Path) -> str
         warnings=_warnings(boards), boards=[_board_view(place, board) for place, board in enumerate(boards, 1)],
         choices=_choices(boards), first_evaluation=boards[0].evaluator if boards else "",
         efficiency=plots.label_efficiency(boards, styles), cost=plots.cost(boards, styles),
-        curves=plots.learning_curves(list(facts.values()), styles), robustness=plots.robustness(boards, styles),
+        curves=plots.learning_curves(list(facts.values()), styles), robustness=plots.robustness(boards, rows, styles),
         matrices=plots.transfer(rows), albums=[_album_view(a) for a in pictures.albums(rows, workspace, methods)],
         published=_published(boards), names=names, num_runs=len(by_run),
         runs=[_run_view(names[key], by_run[key], facts.get(key)) for key in shown],
     )  # fmt: skip
+
+
+_WHOLE = {name for name, field in Row.model_fields.items() if field.annotation in (int, int | None)}
+
+
+def _rows(frame: pd.DataFrame) -> list[Row]:
+    """The rows behind a DataFrame, which has turned None into NaN and, in such columns, integers into floats."""
+    columns: dict[str, list[Any]] = {}
+    for name in Row.model_fields:
+        column = frame[name].astype(object)
+        values = column.where(column.notna(), None).tolist()
+        columns[name] = [None if v is None else int(v) for v in values] if name in _WHOLE else values
+    return [
+        Row.model_construct(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- page and safety
@@ -185,7 +210,9 @@ def _board_view(place: int, board: Board) -> dict[str, Any]:
             name=f"{entry.key}: mean {typography.value(entry.mean, board.metric)}, {entry.n} seeds",
             reference=factor * floor.mean if floor else None, emphasis=entry.bold,
         )  # fmt: skip
-        lines.append(Line(entry, ROLES[entry.role], strip, entry.role != role, _text(entry), plots.pretrain_seconds(entry)))
+        lines.append(
+            Line(entry, ROLES[entry.role], strip, entry.role != role, _text(entry), plots.pretrain_seconds(entry))
+        )
         role = entry.role
     groups, axis = _comparisons(board, factor)
     return {
@@ -285,13 +312,14 @@ def _run_view(anchor: str, rows: Sequence[Row], facts: Mapping[str, Any] | None)
     for name in _FACTS:
         values = dict.fromkeys(getattr(row, name) for row in rows)
         provenance.append((name, ", ".join("not recorded" if v is None else str(v) for v in values)))
-    numbers: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        key = (row.evaluator, row.readout or "", row.labels or "", "" if row.fold is None else row.fold, row.split)
-        numbers.setdefault(key, []).append(row)
+    numbers: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda r: (r.evaluator, r.labels or "", r.fold or 0)):
+        key = (row.evaluator, row.readout or "", row.labels or "", "" if row.fold is None else str(row.fold))
+        numbers.setdefault(key, {}).setdefault(row.split, []).append(row)
     config = {key: value for row in rows for key, value in row.config.items()}
     return {
         "id": anchor, "first": first, "provenance": provenance, "numbers": numbers,
+        "splits": [split for split in ("validation", "test", "pretrain") if any(split in found for found in numbers.values())],
         "settings": "\n".join(f"{key} = {value}" for key, value in sorted(config.items())),
         "commands": reproduction.commands(rows, facts), "finished": max(row.finished_at for row in rows)[:10],
         "subsets": dict.fromkeys((r.labels, r.label_seed, r.label_subset_sha256) for r in rows if r.labels is not None),

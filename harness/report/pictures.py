@@ -19,7 +19,7 @@ from harness.contracts import Row
 from harness.runs import checkpoint_folder
 
 MOST_BYTES = 3_000_000  # of all pictures of a page, as they stand in it
-_WIDEST = 1100  # pixels: twice what a picture gets on the page, for fine screens
+_WIDEST = 900  # pixels: twice what a picture gets on the page, for fine screens
 _KINDS = {"views": "What the method saw", "filters": "First-layer filters", "neighbours": "Nearest neighbours"}
 
 
@@ -72,10 +72,17 @@ def albums(rows: Iterable[Row], workspace: Path, methods: Sequence[str], most_by
     chosen: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = (row.dataset, row.method)
-        if row.method in methods and _folder(workspace, row).is_dir() and row.seed < getattr(chosen.get(key), "seed", 1e99):
+        if (
+            row.method in methods
+            and _folder(workspace, row).is_dir()
+            and row.seed < getattr(chosen.get(key), "seed", 1e99)
+        ):
             chosen[key] = row
     order = sorted(chosen.values(), key=lambda row: (row.dataset, methods.index(row.method)))
-    left, found = most_bytes, {row.pretrain_id: Album(row.method, row.dataset, row.seed, row.pretrain_id) for row in order}
+    left, found = (
+        most_bytes,
+        {row.pretrain_id: Album(row.method, row.dataset, row.seed, row.pretrain_id) for row in order},
+    )
     for wanted in ("views", "map", "filters", "neighbours", "confusion"):
         for row in order:
             album, folder = found[row.pretrain_id], _folder(workspace, row)
@@ -112,7 +119,7 @@ def _words(name: str) -> str:
 
 
 def _picture(path: Path, kind: str, title: str, row: Row) -> Picture | None:
-    """A matplotlib picture with few colours left: a third of the bytes, nothing to be seen of it."""
+    """One of a run's own pictures, no wider than the page can show."""
     opened = _open(path)
     if opened is None:
         return None
@@ -120,7 +127,7 @@ def _picture(path: Path, kind: str, title: str, row: Row) -> Picture | None:
     if small.width > _WIDEST:
         small = small.resize((_WIDEST, round(small.height * _WIDEST / small.width)))
     alt = f"{title}: {row.method} on {row.dataset}, seed {row.seed}"
-    return _embedded(small.quantize(128), kind, title, alt)
+    return _embedded(small, kind, title, alt)
 
 
 def _open(path: Path) -> Any:
@@ -138,14 +145,14 @@ def _open(path: Path) -> Any:
 
 
 def _embedded(image: Any, kind: str, title: str, alt: str) -> Picture:
-    """As PNG or WebP, whichever is smaller."""
-    files = []
-    for ending, options in (("png", {"optimize": True}), ("webp", {"quality": 70})):
-        buffer = io.BytesIO()
-        (image.convert("RGB") if ending == "webp" else image).save(buffer, ending, **options)
-        files.append((len(buffer.getvalue()), ending, buffer.getvalue()))
-    _, ending, content = min(files)
-    data = f"data:image/{ending};base64,{base64.b64encode(content).decode()}"
+    """Photographs and their kin as WebP, drawings with few colours as PNG: what is smaller for each."""
+    buffer = io.BytesIO()
+    ending = "webp" if kind in ("views", "neighbours", "sheet") else "png"
+    if ending == "webp":
+        image.convert("RGB").save(buffer, ending, quality=70)
+    else:
+        image.quantize(64).save(buffer, ending, optimize=True)
+    data = f"data:image/{ending};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Picture(kind, title, data, image.width, image.height, alt)
 
 

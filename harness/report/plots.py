@@ -17,7 +17,7 @@ from harness.report.charts import Look, Series, Spot
 
 Looks = Mapping[str, Look]
 _CURVE_POINTS = 80  # more are not to be told apart on 350 pixels
-_SEVERITY = re.compile(r"top1_(.+)_([1-9])")
+_SEVERITY = re.compile(r"top1_(.+)_([1-9])")  # of evaluator `robustness`
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,15 @@ def learning_curves(records: Sequence[Mapping[str, Any]], styles: Looks) -> list
             thin = thin if thin[-1] == curve[-1] else [*thin, curve[-1]]
             seed = str(facts["config"]["seed"])
             series.append(Series(f"seed {seed}", thin, look=styles.get(method, Look("grey"))))
-            rows.append([seed, typography.count(curve[-1][0]), typography.raw(curve[0][1]), typography.raw(curve[-1][1])])
+            rows.append(
+                [seed, typography.count(curve[-1][0]), typography.raw(curve[0][1]), typography.raw(curve[-1][1])]
+            )
         title = f"{method} on {dataset}"
-        svg = charts.lines(series, f"Learning curves: {title}", "optimisation step", "loss", labelled=False, markers=False)
+        svg = charts.lines(
+            series, f"Learning curves: {title}", "optimisation step", "loss", labelled=False, markers=False
+        )
         if svg:
-            plates.append(Plate(title, f"{encoder}; mean loss per interval, one line per seed.", svg,
+            plates.append(Plate(title, f"{encoder}; mean loss per interval, one line per run.", svg,
                                 ["seed", "steps", "first loss", "last loss"], rows))  # fmt: skip
     return plates
 
@@ -184,18 +188,63 @@ def learning_curves(records: Sequence[Mapping[str, Any]], styles: Looks) -> list
 # --------------------------------------------------------------------------------------------------------- robustness
 
 
-def robustness(boards: Sequence[Board], styles: Looks) -> list[Plate]:
-    """Top-1 against severity, one figure per corruption of each board that measured any, their mean first."""
+def robustness(boards: Sequence[Board], rows: Iterable[Row], styles: Looks) -> list[Plate]:
+    """Top-1 against severity, the mean over corruptions first, for the entries of each label budget whose runs have it.
+
+    Each run is read at the readout with the best clean validation value; a value is the mean over runs, then over seeds.
+    """
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.evaluator == "robustness" and row.value is not None and row.labels is not None:
+            found.setdefault((row.dataset, row.labels, row.pretrain_id), []).append(row)
     plates = []
-    for board in boards:
-        found: dict[str, dict[str, dict[int, float]]] = {}
+    for board in _primary(boards) if found else ():
+        by_entry: dict[str, dict[str, float]] = {}
         for entry in board.entries:
-            for metric, value in entry.metrics.items():
-                if match := _SEVERITY.fullmatch(metric):
-                    found.setdefault(match[1], {}).setdefault(entry.key, {})[int(match[2])] = value
-        for corruption, curves in {"mean": _mean_curves(found), **found}.items() if found else ():
-            plates.append(_severity(board, corruption, curves, styles))
+            seeds = []
+            for identities in entry.runs.values():
+                runs = [found.get((board.dataset, board.labels, identity), []) for identity in identities]
+                seeds += [_means(_headline(run) for run in runs if run)]
+            if means := _means(seed for seed in seeds if seed):
+                by_entry[entry.key] = means
+        plates += _severities(board, by_entry, styles)
     return plates
+
+
+def _primary(boards: Sequence[Board]) -> list[Board]:
+    """The boards of the first evaluation: each entry of a label budget once."""
+    return [board for board in boards if board.evaluator == boards[0].evaluator]
+
+
+def _headline(rows: Sequence[Row]) -> dict[str, float]:
+    """{metric: test value} at the readout that validation prefers."""
+    validation = {r.readout: r.value for r in rows if r.split == "validation" and r.metric == "top1_clean"}
+    readouts = dict.fromkeys(r.readout for r in rows if r.split == "test")
+    best = max(readouts, key=lambda name: validation.get(name) or 0.0, default=None)
+    return {r.metric: r.value for r in rows if r.split == "test" and r.readout == best and r.value is not None}
+
+
+def _means(measured: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the metrics that all have."""
+    every = list(measured)
+    return (
+        {name: fmean(one[name] for one in every) for name in every[0] if all(name in one for one in every)}
+        if every
+        else {}
+    )
+
+
+def _severities(board: Board, by_entry: Mapping[str, Mapping[str, float]], styles: Looks) -> list[Plate]:
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for key, metrics in by_entry.items():
+        for metric, value in metrics.items():
+            if match := _SEVERITY.fullmatch(metric):
+                curve = found.setdefault(match[1], {}).setdefault(key, {})
+                curve[int(match[2])] = value
+                if "top1_clean" in metrics:
+                    curve[0] = metrics["top1_clean"]
+    every = {"mean over corruptions": _mean_curves(found), **found} if found else {}
+    return [_severity(board, corruption, curves, styles) for corruption, curves in every.items()]
 
 
 def _mean_curves(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, dict[int, float]]:
@@ -212,18 +261,17 @@ def _mean_curves(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict
 
 
 def _severity(board: Board, corruption: str, curves: Mapping[str, Mapping[int, float]], styles: Looks) -> Plate:
-    series, rows = [], []
     levels = sorted({level for curve in curves.values() for level in curve})
-    for key, curve in curves.items():
-        clean = {0: board.entry(key).mean}
-        points = sorted({**clean, **curve}.items())
-        series.append(Series(key, [(float(x), 100 * y) for x, y in points], look=styles[board.entry(key).method]))
-        rows.append([key, typography.value(clean.get(0)), *(typography.value(curve.get(level)) for level in levels)])
-    what = "mean over corruptions" if corruption == "mean" else words(corruption)
-    title = f"{board.dataset}, {what}"
-    svg = charts.lines(series, f"Robustness: {title}", "severity (0: clean)", "top-1, %",
-                       x_ticks=[(float(level), str(level)) for level in (0, *levels)])  # fmt: skip
-    return Plate(title, f"{board.encoder}, labels {board.labels}.", svg, ["method", "0", *map(str, levels)], rows)
+    series = [
+        Series(key, [(float(x), 100 * y) for x, y in sorted(curve.items())], look=styles[board.entry(key).method])
+        for key, curve in curves.items()
+    ]
+    rows = [[key, *(typography.value(curve.get(level)) for level in levels)] for key, curve in curves.items()]
+    title = f"{board.dataset}, {words(corruption)}"
+    svg = charts.lines(
+        series, f"Robustness: {title}", "severity", "top-1, %", x_ticks=[(float(n), str(n)) for n in levels]
+    )
+    return Plate(title, f"{board.encoder}, labels {board.labels}.", svg, ["method", *map(str, levels)], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -262,7 +310,9 @@ def transfer(rows: Iterable[Row]) -> list[Matrix]:
     return out
 
 
-def _heat(means: Mapping[tuple[str, str], float], source: str, target: str, sources: Sequence[str]) -> tuple[str, int] | None:
+def _heat(
+    means: Mapping[tuple[str, str], float], source: str, target: str, sources: Sequence[str]
+) -> tuple[str, int] | None:
     """(text, heat within the column): columns are other tasks, whose numbers do not compare."""
     value = means.get((source, target))
     if value is None:

@@ -12,6 +12,8 @@ from harness import registry
 from harness.config import Layers, dotted, resolve
 from harness.contracts import HarnessError, Row
 
+WIDTH = 96  # characters of a line
+
 
 def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> list[str]:
     """The `harness run` commands that lead to the same pretrain_id, one per label budget of the run's rows.
@@ -25,7 +27,11 @@ def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> lis
     usual = _defaults(first.method, first.dataset)
     words = ["harness", "run", "--method", first.method, "--dataset", first.dataset, "--device", first.device]
     together = (facts or {}).get("identity", {}).get("stacked")
-    words += ["--seed", str(first.seed)] if not together else ["--seeds", ",".join(map(str, together)), "--stack-seeds", "on"]
+    words += (
+        ["--seed", str(first.seed)]
+        if not together
+        else ["--seeds", ",".join(map(str, together)), "--stack-seeds", "on"]
+    )
     words += ["--deterministic"] if first.deterministic else []
     words += ["--no-control"]
     for key, value in sorted(config.items()):
@@ -33,17 +39,33 @@ def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> lis
             continue
         words += ["--set", f"{key}={_typed(value)}"]
     budgets = dict.fromkeys((row.labels, row.label_seed) for row in rows if row.labels is not None)
-    return [shlex.join([*words, *_evaluations(rows, *budget)]) for budget in budgets or {(None, None): None}]
+    return [_wrapped([*words, *_evaluations(rows, *budget)]) for budget in budgets or {(None, None): None}]
 
 
 def _evaluations(rows: Sequence[Row], labels: str | None, label_seed: int | None) -> list[str]:
     """--eval, --labels and --label-seed of one budget; what needs no labels goes with every budget."""
-    known = registry.names("evaluator")
-    mine = [row for row in rows if row.labels in (labels, None)]
-    names = dict.fromkeys(row.evaluator for row in mine if row.evaluator in known)
+    used = {row.evaluator for row in rows if row.labels in (labels, None)}
+    names = [name for name in registry.names("evaluator") if name in used]
     words = ["--eval", ",".join(names)] if names else []
     words += [] if labels is None else ["--labels", labels]
     return words + ([] if label_seed in (None, rows[0].seed) else ["--label-seed", str(label_seed)])
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    """A command for a shell, in lines of at most WIDTH characters where its words allow it; options stay with values."""
+    units: list[str] = []
+    for word in words:
+        quoted = shlex.quote(word)
+        if units and not word.startswith("--") and units[-1].startswith("--") and " " not in units[-1]:
+            units[-1] += f" {quoted}"
+        else:
+            units.append(quoted)
+    lines = [""]
+    for unit in units:
+        if lines[-1] and len(lines[-1]) + len(unit) + 3 > WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {unit}" if lines[-1] else unit
+    return " \\\n".join(lines)
 
 
 @cache
