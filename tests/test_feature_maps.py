@@ -29,7 +29,9 @@ def test_the_plane_is_that_of_pca() -> None:
 def test_a_plane_made_before_gives_the_same_picture() -> None:
     features, labels = DIGITS.data[:60], DIGITS.target[:60]
     made = feature_maps.plane(features, "tsne")
-    assert figures.feature_map_2d(features, labels, "tsne", plane=made) == figures.feature_map_2d(features, labels, "tsne")
+    assert figures.feature_map_2d(features, labels, "tsne", plane=made) == figures.feature_map_2d(
+        features, labels, "tsne"
+    )
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 8), (1, 60), (3, 61)])

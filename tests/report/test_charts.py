@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -20,7 +21,7 @@ def test_ticks_are_round_and_inside(low: float, width: float, count: int) -> Non
     found = charts.ticks(low, low + width, count)
     assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in found)
     assert len(found) <= count + 1
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in itertools.pairwise(found):
         step = other - one
         mantissa = step / 10 ** (len(str(int(step))) - 1) if step >= 1 else float(f"{step:e}".split("e")[0])
         assert any(mantissa == pytest.approx(m, rel=1e-4) for m in (1, 2, 5, 10))
@@ -31,7 +32,7 @@ def test_spread_labels_keep_order_distance_and_bounds(places: list[float]) -> No
     places = sorted(places)
     found = charts.spread(places, 12.5, 0, 300)
     assert len(found) == len(places)
-    assert all(b - a >= 12.5 - 1e-6 for a, b in zip(found, found[1:], strict=False))
+    assert all(b - a >= 12.5 - 1e-6 for a, b in itertools.pairwise(found))
     assert found[0] >= -1e-6 and found[-1] <= 300 + 1e-6
 
 
@@ -89,8 +90,8 @@ def test_names_of_many_series_do_not_overlap(count: int) -> None:
     found = drawn(charts.lines(series, "n", "x", "y"))
     heights = sorted(float(t.attrib["y"]) for t in found.iter("text") if (t.text or "").startswith("method"))
     assert len(heights) == count
-    assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False))
-    assert 0 < heights[0] and heights[-1] < float(found.attrib["viewBox"].split()[3])
+    assert all(b - a >= 12 for a, b in itertools.pairwise(heights))
+    assert heights[0] > 0 and heights[-1] < float(found.attrib["viewBox"].split()[3])
 
 
 def test_no_two_of_sixty_methods_look_alike() -> None:
