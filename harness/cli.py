@@ -18,7 +18,7 @@ import typer
 
 import harness
 from harness import registry
-from harness.verbs import report
+from harness.verbs import compare, report
 from harness.verbs.options import (
     DataDir,
     Eval,
@@ -49,6 +49,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(report.report)
+app.command()(compare.compare)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it

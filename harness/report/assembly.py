@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness import encoders, registry, statistics
+from harness.config import DEFAULT_EVALUATORS
 from harness.contracts import HarnessError
 from harness.report import published
 from harness.report import warnings as checks
@@ -80,13 +81,20 @@ def build(rows: pd.DataFrame, baseline: str = BASELINE, primary: Sequence[str] |
     boards = []
     for place in sorted(places, key=Place.order):
         for encoder, members in _by_encoder(places[place], plugins).items():
-            for evaluator in dict.fromkeys(one.evaluator for one in members if plugins[one.method].role != "floor"):
+            evaluators = {one.evaluator for one in members if plugins[one.method].role != "floor"}
+            for evaluator in sorted(evaluators, key=_rank):
                 here = _read_by(evaluator, members, plugins)
                 board = _board(place, encoder, evaluator, here, plugins, family)
                 told = {row for one in here for row in (*one.rows, *beside.get(one.pretrain_id, ()))}
                 told |= set(failed.get((place.dataset, encoder), ()))
                 boards.append(replace(board, warnings=tuple(checks.all_of(rows.iloc[sorted(told)]))))
     return _told_apart(boards)
+
+
+def _rank(evaluator: str) -> tuple[int, str]:
+    """The default evaluators first, in their order."""
+    place = DEFAULT_EVALUATORS.index(evaluator) if evaluator in DEFAULT_EVALUATORS else len(DEFAULT_EVALUATORS)
+    return place, evaluator
 
 
 def _by_encoder(here: Sequence[Measured], plugins: Mapping[str, Plugin]) -> dict[str, list[Measured]]:
@@ -140,7 +148,7 @@ def _board(
         best_floor=best_floor.key if best_floor else None,
         readouts=(*[n for n in NETWORK_READOUTS if n in names], *sorted(names - set(NETWORK_READOUTS))),
         seeds=seeds, facts=_facts(place, encoder, split, members, max(counts, default=None), verified),
-        entries=tuple(ordered), warnings=(), published=published.of(place.dataset),
+        entries=tuple(ordered), warnings=(), published=published.of(place.dataset), dataset_title=_title_of(place.dataset),
     )  # fmt: skip
 
 
@@ -207,13 +215,15 @@ class _Comparisons:
     def made(self) -> dict[str, Entry]:
         """The entries with their differences; those of the primary family with verdicts."""
         controls = {key: self._nearest(key, self.family.baseline) for key in self.entries}
-        declared = [key for key, other in controls.items() if other and self.family.holds(self.entries[key])]
-        plain = {key: self._paired(key, controls[key]) for key in declared}
-        tested = [key for key in declared if plain[key].p is not None]
-        adjusted = dict(zip(tested, statistics.holm([plain[key].p for key in tested]), strict=True))
+        judged = {
+            key: self._paired(key, other) for key, other in controls.items()
+            if other and self.family.holds(self.entries[key]) and self._values(key, other)
+        }  # fmt: skip
+        p = {key: found.p for key, found in judged.items() if found.p is not None}
+        adjusted = dict(zip(p, map(float, statistics.holm(list(p.values()))), strict=True))
         out = {}
         for key, entry in self.entries.items():
-            control = self._difference(key, controls[key], key in declared, adjusted.get(key))
+            control = self._difference(key, controls[key], key in judged, adjusted.get(key))
             floor = self._difference(key, self.best_floor.key if self.best_floor else None)
             out[key] = replace(
                 entry, control=control, floor=floor, null=self._difference(key, self._null(entry)),
@@ -232,7 +242,7 @@ class _Comparisons:
             arm = self.arms[other]
             shared = sum(arm.settings.get(name) == value for name, value in mine.settings.items())
             latest = max(one.finished_at for one in arm.all())
-            return arm.encoder == mine.encoder, shared, len(paired_values(mine, arm, self.split)), latest, other
+            return arm.encoder == mine.encoder, shared, len(self._values(key, other)), latest, other
 
         others = [k for k, entry in self.entries.items() if entry.method == method and k != key]
         return None if mine.method == method else max(others, key=likeness, default=None)
@@ -251,14 +261,11 @@ class _Comparisons:
         self, key: str, other: str | None, primary: bool = False, adjusted: float | None = None
     ) -> Difference | None:
         """The difference of `key` to `other`; None where there is nothing to pair."""
-        if other is None or other == key:
-            return None
-        values = paired_values(self.arms[key], self.arms[other], self.split)
-        if not values:
+        if other is None or other == key or not (values := self._values(key, other)):
             return None
         found = self._paired(key, other, adjusted)
         verdict, reason = found.verdict, found.reason
-        if not primary and verdict != "invalid":
+        if not primary and verdict not in ("invalid", "no interval"):
             verdict, reason = "exploratory", "not of the declared family: no verdict"
         return Difference(
             other=other, values=values, n=found.n, mean=found.mean, low=found.low, high=found.high, p=found.p,
@@ -266,9 +273,11 @@ class _Comparisons:
             detectable=found.detectable, equivalence_p=found.equivalence_p, verdict=verdict, reason=reason, primary=primary,
         )  # fmt: skip
 
-    def _paired(self, key: str, other: str | None, adjusted: float | None = None) -> statistics.Paired:
-        assert other is not None
-        values = paired_values(self.arms[key], self.arms[other], self.split)
+    def _values(self, key: str, other: str) -> dict[int, float]:
+        return paired_values(self.arms[key], self.arms[other], self.split)
+
+    def _paired(self, key: str, other: str, adjusted: float | None = None) -> statistics.Paired:
+        values = self._values(key, other)
         bad = [self.arms[k].key for k in (key, other) if set(self.arms[k].unconverged(self.split)) & values.keys()]
         invalid = f"not converged: {', '.join(bad)}" if bad else ""
         return statistics.paired(list(values.values()), margin=MARGIN, adjusted_p=adjusted, invalid=invalid)

@@ -18,13 +18,13 @@ class Difference:
     """A paired difference of one entry to another on the same board: this one minus `other`.
 
     other: key of the other entry; values: {seed: difference}
-    low, high: Student's t 95% interval of the mean, None below 3 pairs; where `primary`, the one adjusted by Holm decides
+    low, high: Student's t 95% interval of the mean, not adjusted, None below 3 pairs; the adjusted p decides a verdict
     p: two-sided paired t; adjusted_p: after Holm over the board's primary family, None outside it
     sign_flip_p, sign_flip_floor: exact sign-flip p and the least it can be with so many seeds; they decide nothing
     detectable: the least true difference that so many seeds would probably have shown
     equivalence_p: two one-sided tests against one point
-    verdict: `gain`, `loss`, `equivalent`, `inconclusive`, `invalid`, as harness.statistics gives it, of a primary
-        comparison; `exploratory` otherwise; reason: why, in words
+    verdict: of a primary comparison that of harness.statistics (`gain`, `loss`, `equivalent`, `inconclusive`, `no winner`,
+        `no interval`, `invalid`); of any other `exploratory`, `no interval` or `invalid`; reason: why, in words
     """
 
     other: str
@@ -35,8 +35,8 @@ class Difference:
     high: float | None
     p: float | None
     adjusted_p: float | None
-    sign_flip_p: float | None
-    sign_flip_floor: float | None
+    sign_flip_p: float
+    sign_flip_floor: float
     detectable: float | None
     equivalence_p: float | None
     verdict: str
@@ -149,7 +149,7 @@ class Published:
 class Board:
     """One leaderboard: what may be compared, side by side.
 
-    key: short, unique among the boards, fit for a file name or an anchor; title: one line
+    key: short, unique among the boards, fit for a file name or an anchor; title: one line; dataset_title: the data set's
     facts: what holds for every entry ({"test images": "10,000", ...}), in the order to be shown
     split: `test`, or `validation` where no test split was opened; metric: what `values` are, `top1`
     baseline: name of the method that `Entry.control` is the difference to; best_floor: key of the floor with the best mean
@@ -178,6 +178,7 @@ class Board:
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...]
     published: tuple[Published, ...]
+    dataset_title: str = ""
 
     def entry(self, key: str) -> Entry:
         return next(entry for entry in self.entries if entry.key == key)

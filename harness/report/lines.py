@@ -13,7 +13,8 @@ from harness.report.text import clean
 if TYPE_CHECKING:
     import pandas as pd
 
-NUMBERS = ("n", "mean", "low", "high", "p", "adjusted_p", "sign_flip_p", "sign_flip_floor", "detectable", "equivalence_p")
+NUMBERS = ("n", "mean", "low", "high", "p", "adjusted_p", "sign_flip_p", "sign_flip_floor", "detectable",
+           "equivalence_p")  # fmt: skip
 PAIRED = ("control", "null", "best_other", "floor")
 COST = ("images_seen", "views_seen", "pretrain_seconds", "evaluation_seconds", "images_per_second", "peak_memory_bytes")
 PLACE = ("dataset", "pretrain_data", "labels", "evaluator", "split", "metric", "n_test", "numbers_version", "data_sha256",

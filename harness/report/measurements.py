@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import registry
-from harness.contracts import HarnessError
+from harness.contracts import HarnessError, Method
 from harness.report.boards import Role
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ class Plugin:
 
 @dataclass(slots=True)
 class Measured:
-    """One evaluation of one run. tops: {split: {readout: top-1}}, in the rows' order, `` for an evaluator without readouts.
+    """One evaluation of one run.
 
-    others: {readout: {metric: test value}}; unconverged: {(split, readout)}; cell: (label_seed, fold); data: what the run saw unlabelled, in words
+    tops: {split: {readout: top-1}}, in the rows' order; the readout is empty for an evaluator without readouts
+    others: {readout: {metric: test value}}; unconverged: {(split, readout)}; rows: positions in the table of rows
+    cell: (label_seed, fold); data: what the run saw unlabelled, in words
     own_encoder: the method brought its network, whatever was asked for
     settings: the configuration without `TECHNICAL`, and of what trained nothing without `TRAINING`; identity: its JSON
     """
@@ -153,7 +155,8 @@ def _start(row: Mapping[str, Any]) -> Measured:
         evaluator=row["evaluator"], seed=int(row["seed"]), cell=(_whole(row["label_seed"]), _whole(row["fold"])),
         pretrain_id=row["pretrain_id"], eval_id=row["eval_id"], code_sha256=row["code_sha256"],
         numbers_version=int(row["numbers_version"]), data_sha256=row["data_sha256"],
-        data_verified=bool(row["data_verified"]), own_encoder=_own_encoder(row), settings=settings, identity=identity, device=row["device"],
+        data_verified=bool(row["data_verified"]), own_encoder=_own_encoder(row), settings=settings,
+        identity=identity, device=row["device"],
         finished_at=row["finished_at"], images_seen=float(row["images_seen"]), views_seen=float(row["views_seen"]),
         images_per_second=row["images_per_second"], peak_memory_bytes=row["peak_memory_bytes"],
         evaluation_seconds=row["device_seconds"],
@@ -197,7 +200,7 @@ def _whole(value: Any) -> int | None:
 
 def plugins_of(methods: Iterable[str]) -> dict[str, Plugin]:
     """What the installed plugins say of these methods."""
-    loaded = {}
+    loaded: dict[str, type[Method] | None] = {}
     for name in dict.fromkeys(methods):
         try:
             loaded[name] = registry.load_method(name)

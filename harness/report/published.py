@@ -11,7 +11,7 @@ import harness
 from harness.report.boards import Published
 
 # how the sources say that the reported epoch is the best one of the test set
-BEST_ON_TEST = re.compile(r"best (over all epochs|epoch|accuracy over training)", re.IGNORECASE)
+BEST_ON_TEST = re.compile(r"best (\w+ )?over (all epochs|training)", re.IGNORECASE)
 FIELDS = ("method", "metric", "value", "protocol", "source", "year", "backbone", "pretrain_data", "pretrain_epochs",
           "note")  # fmt: skip
 

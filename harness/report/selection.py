@@ -36,7 +36,9 @@ def select(rows: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
         values = rows[key].astype(object) if key in rows.columns else _setting(rows, key)
         wanted = values.map(_word).isin({part.strip() for part in value.split(",")})
         if not wanted.any():
-            raise HarnessError(f"--filter {word} leaves no row; there are {', '.join(sorted(set(values.map(_word)))[:8])}")
+            raise HarnessError(
+                f"--filter {word} leaves no row; there are {', '.join(sorted(set(values.map(_word)))[:8])}"
+            )
         roles = KEPT.get(key, () if key in rows.columns else BESIDE)
         kept = [name for name, plugin in plugins_of(rows["method"]).items() if plugin.role in roles]
         wanted |= rows["method"].isin(kept)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
 
 from harness.report.boards import Board, Difference, Entry
 
@@ -19,6 +21,9 @@ ABOUT = (
     "sign-flip p and the least value it can take with so many seeds decide nothing. detects: the least true difference that so",
     "many seeds would probably have shown. Works: the interval of the difference to the best floor lies above 0.",
 )
+
+
+APART = "Each by its own protocol; none is part of an average, and none of these networks and budgets is ours."
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,16 @@ def _comparison(board: Board) -> Table:
 def _against(gap: Difference | None) -> tuple[str, ...]:
     if gap is None:
         return ("",) * 6
-    flips = "" if gap.sign_flip_p is None else f"{_short(gap.sign_flip_p)} ({_short(gap.sign_flip_floor)})"
+    flips = f"{_short(gap.sign_flip_p)} ({_short(gap.sign_flip_floor)})"
     detects = "" if gap.detectable is None else percent(gap.detectable)
-    return points(gap.mean), _interval(gap.low, gap.high, sign=True), gap.verdict, _short(gap.adjusted_p), flips, detects
+    return (
+        points(gap.mean),
+        _interval(gap.low, gap.high, sign=True),
+        gap.verdict,
+        _short(gap.adjusted_p),
+        flips,
+        detects,
+    )
 
 
 def _others(board: Board) -> Table:
@@ -131,7 +143,9 @@ def _cost(board: Board) -> Table:
         peak = None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20
         numbers = (cost.images_seen, cost.views_seen, cost.pretrain_seconds, cost.evaluation_seconds,
                    cost.images_per_second, peak)  # fmt: skip
-        rows.append((clean(_named(entry)), *("" if not n else f"{n:,.1f}" if n < 100 else f"{n:,.0f}" for n in numbers)))
+        rows.append(
+            (clean(_named(entry)), *("" if not n else f"{n:,.1f}" if n < 100 else f"{n:,.0f}" for n in numbers))
+        )
     return Table("", columns, tuple(rows), frozenset(range(1, 7)))
 
 
@@ -175,12 +189,31 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """At most `width` bars of even height steps, each the mean of its stretch; not finite values are `x`."""
+    count = min(width, len(values))
+    cuts = [len(values) * i // count for i in range(count + 1)] if count else []
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    finite = [mean for mean in means if isfinite(mean)]
+    low, span = (min(finite), max(finite) - min(finite)) if finite else (0.0, 0.0)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(
+        bars[round((mean - low) / span * (len(bars) - 1)) if span else 0] if isfinite(mean) else "x" for mean in means
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- writers
 
 
 def markdown(boards: Sequence[Board]) -> str:
     """A document with every board, its notes, and once per data set the published numbers."""
-    lines = ["# Measured results", "", "Made from rows by `harness report --markdown`; no number in it is typed.", "", *ABOUT]
+    lines = [
+        "# Measured results",
+        "",
+        "Made from rows by `harness report --markdown`; no number in it is typed.",
+        "",
+        *ABOUT,
+    ]
     told: set[str] = set()
     for board in boards:
         lines += ["", f"## {in_markdown(clean(board.title))}", ""]
@@ -190,8 +223,7 @@ def markdown(boards: Sequence[Board]) -> str:
     for board in boards:
         if board.published and board.dataset not in told:
             told.add(board.dataset)
-            lines += ["", f"## Published numbers: {in_markdown(clean(board.dataset))}", "", "Each by its own protocol; none "
-                      "is part of an average, and none of these networks and budgets is ours.", ""]  # fmt: skip
+            lines += ["", f"## Published numbers: {in_markdown(clean(board.dataset_title))}", "", APART, ""]
             lines += _markdown_table(published(board))
     return "\n".join(lines) + "\n"
 
@@ -223,7 +255,9 @@ def latex(boards: Sequence[Board]) -> str:
     for board in boards:
         if board.published and board.dataset not in told:
             told.add(board.dataset)
-            parts.append(_latex_table(published(board), [f"Published numbers, {board.dataset}: each by its own protocol."]))
+            parts.append(
+                _latex_table(published(board), [f"Published numbers, {board.dataset_title}: each by its own protocol."])
+            )
     return "\n\n".join(parts) + "\n"
 
 
