@@ -130,7 +130,8 @@ def _frame_of(paths: Iterable[Path], needs_predictions: bool) -> pd.DataFrame:
     import pandas as pd
 
     columns: dict[str, list[Any]] = {name: [] for name in Row.model_fields}
-    words: dict[str, str] = {}  # digests and names come in every row: one copy of each
+    words: dict[str, str] = {}  # digests, names and configurations come in many rows: one copy of each
+    configs: dict[str, dict[str, Any]] = {}
     for path in paths:
         document = _document(path, needs_predictions)
         if document is None:
@@ -139,10 +140,9 @@ def _frame_of(paths: Iterable[Path], needs_predictions: bool) -> pd.DataFrame:
         if not isinstance(rows, list) or not all(_has_the_fields(row) for row in rows):
             warnings.warn(f"{path} holds rows of another format and is ignored", stacklevel=3)
             continue
-        config: dict[str, Any] = {}
         for row in rows:
             row = {**_OPTIONAL, **row}
-            config = row["config"] = config if row["config"] == config else row["config"]
+            row["config"] = configs.setdefault(repr(row["config"]), row["config"])
             for name, values in columns.items():
                 value = row[name]
                 values.append(words.setdefault(value, value) if type(value) is str else value)

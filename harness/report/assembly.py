@@ -21,7 +21,7 @@ from harness.report import published
 from harness.report import warnings as checks
 from harness.report.boards import Board, Difference, Entry
 from harness.report.entries import Arm, arms_of, entry_of, flags_of, paired_values
-from harness.report.measurements import Measured, Plugin, label_free, lost, measured, plugins_of
+from harness.report.measurements import CLEAN, CORRUPTED, Measured, Plugin, label_free, lost, measured, plugins_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +77,8 @@ def build(rows: pd.DataFrame, baseline: str = BASELINE, primary: Sequence[str] |
     for one in found:
         place = Place(one.dataset, one.data, one.labels, one.data_sha256, one.numbers_version)
         places.setdefault(place, []).append(one)
-    beside, failed = label_free(rows), lost(rows)
+    beside, failed, checked = label_free(rows), lost(rows), _to_check(rows)
+    kept = set(checked.index)
     boards = []
     for place in sorted(places, key=Place.order):
         for encoder, members in _by_encoder(places[place], plugins).items():
@@ -87,8 +88,22 @@ def build(rows: pd.DataFrame, baseline: str = BASELINE, primary: Sequence[str] |
                 board = _board(place, encoder, evaluator, here, plugins, family)
                 told = {row for one in here for row in (*one.rows, *beside.get(one.pretrain_id, ()))}
                 told |= set(failed.get((place.dataset, encoder), ()))
-                boards.append(replace(board, warnings=tuple(checks.all_of(rows.iloc[sorted(told)]))))
+                boards.append(replace(board, warnings=tuple(checks.all_of(checked.loc[sorted(told & kept)]))))
     return _told_apart(boards)
+
+
+CHECKED = (
+    "method", "dataset", "pretrain_data", "encoder", "labels", "evaluator", "seed", "split", "pretrain_id", "status",
+    "code_sha256", "numbers_version", "harness_version", "torch_version", "data_sha256", "git_dirty", "test_overlap",
+    "images_seen", "label_subset_sha256", "collapsed", "converged", "value",
+)  # fmt: skip
+
+
+def _to_check(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row of every kind that a warning can tell apart: the rows of one evaluation are mostly alike in what is checked."""
+    slim = rows[list(CHECKED)].astype(object)
+    slim["value"] = slim["value"].where(rows["value"].isna(), 0.0)
+    return slim.drop_duplicates()
 
 
 def _rank(evaluator: str) -> tuple[int, str]:
@@ -106,8 +121,11 @@ def _by_encoder(here: Sequence[Measured], plugins: Mapping[str, Plugin]) -> dict
 
 
 def _read_by(evaluator: str, members: Sequence[Measured], plugins: Mapping[str, Plugin]) -> list[Measured]:
-    """Those measured by `evaluator`; of a floor that has none, those by the first of FLOOR_EVALUATORS that it has."""
+    """Those measured by `evaluator`; of a floor that has none, those by the first of FLOOR_EVALUATORS that it has, where
+    the board is about clean test images."""
     out = [one for one in members if one.evaluator == evaluator]
+    if any(one.metric == CORRUPTED for one in out):
+        return out
     read = {one.method for one in out}
     floors = [one for one in members if plugins[one.method].role == "floor" and one.method not in read]
     for name in dict.fromkeys(one.method for one in floors):
@@ -143,7 +161,8 @@ def _board(
     return Board(
         key="", title=title + (" (a reconstruction)" if "RECONSTRUCTION" in _about(encoder) else ""),
         dataset=place.dataset, pretrain_data=place.data, encoder=encoder, labels=place.labels, evaluator=evaluator,
-        split=split, metric="top1", n_test=max(counts, default=None), numbers_version=place.numbers_version,
+        split=split, metric=CORRUPTED if members[0].metric == CORRUPTED else CLEAN[0],
+        n_test=max(counts, default=None), numbers_version=place.numbers_version,
         data_sha256=place.data_sha256, data_verified=verified, baseline=family.baseline,
         best_floor=best_floor.key if best_floor else None,
         readouts=(*[n for n in NETWORK_READOUTS if n in names], *sorted(names - set(NETWORK_READOUTS))),
@@ -173,6 +192,7 @@ def _facts(
 ) -> dict[str, str]:
     runs = {one.pretrain_id for one in members}
     facts = {
+        "value": ", ".join(sorted({one.metric for one in members})),
         "split": f"{split}, {n_test:,} images" if n_test and split == "test" else split,
         "data": f"{'published files' if verified else 'NOT verified as the published files'}, {place.data_sha256[:12]}",
         "encoder": f"{encoder}: {_about(encoder)}" if _about(encoder) else encoder,
@@ -229,7 +249,7 @@ class _Comparisons:
                 entry, control=control, floor=floor, null=self._difference(key, self._null(entry)),
                 best_other=self._difference(key, self._best_other(entry)),
                 above_floor=None if floor is None else floor.mean > 0,
-                works=None if floor is None or floor.low is None else floor.low > 0,
+                works=None if floor is None or floor.low is None or floor.verdict == "invalid" else floor.low > 0,
                 bold=control is not None and control.verdict == "gain",
             )  # fmt: skip
         return out
@@ -264,7 +284,8 @@ class _Comparisons:
         if other is None or other == key or not (values := self._values(key, other)):
             return None
         found = self._paired(key, other, adjusted)
-        verdict, reason = found.verdict, found.reason
+        verdict: str = found.verdict
+        reason = found.reason
         if not primary and verdict not in ("invalid", "no interval"):
             verdict, reason = "exploratory", "not of the declared family: no verdict"
         return Difference(

@@ -76,7 +76,8 @@ class Entry:
     readouts: {readout: {seed: value}}, all of them; metrics: {other metric: mean at the headline readout}
     low, high: t 95% interval of `mean`, None below 3 seeds; deviation: over seeds, None for one
     control: to the baseline; best_other: to the best other method; null: to its null control; floor: to the best floor
-    above_floor: sign of the mean paired difference to the best floor; works: whether its interval lies above 0
+    above_floor: sign of the mean paired difference to the best floor; works: whether its interval lies above 0, None
+        without an interval or where the comparison is invalid
     unconverged, collapsed, missing: seeds; missing: seeds that others on the board have
     flags: the same and more, as short texts; bold: the verdict over the control is a gain
     runs: {seed: pretrain_ids}; settings: the configuration without what differs by seed
@@ -151,7 +152,8 @@ class Board:
 
     key: short, unique among the boards, fit for a file name or an anchor; title: one line; dataset_title: the data set's
     facts: what holds for every entry ({"test images": "10,000", ...}), in the order to be shown
-    split: `test`, or `validation` where no test split was opened; metric: what `values` are, `top1`
+    split: `test`, or `validation` where no test split was opened; metric: what `values`
+        are: `top1`, or `top1_corrupted`, the mean over generated corruptions
     baseline: name of the method that `Entry.control` is the difference to; best_floor: key of the floor with the best mean
     entries: methods by falling mean, then null controls, controls and floors likewise
     readouts: names of all readouts, the networks' first; seeds: all seeds of any entry

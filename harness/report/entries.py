@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import statistics
 from harness.report.boards import Cost, Entry
-from harness.report.measurements import Measured, Plugin
+from harness.report.measurements import CLEAN, Measured, Plugin
 
 Cell = tuple[int | None, int | None]  # (label_seed, fold)
 
@@ -143,8 +143,8 @@ def flags_of(entry: Entry, arm: Arm, evaluator: str) -> tuple[str, ...]:
         out.append(f"other encoder: {entry.encoder}")
     if entry.evaluator != evaluator:
         out.append(f"read by {entry.evaluator}")
-    if linear := {one.metric for one in arm.all()} - {"top1"}:
-        out.append(f"measured as {', '.join(sorted(linear))}")
+    if any(one.metric == CLEAN[1] for one in arm.all()):
+        out.append("a linear machine: too many labels for the kernel's")
     if arm.repeated:
         out.append(f"{arm.repeated} repeated measurements set aside, the latest counts")
     return tuple(out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +17,10 @@ from harness.report.boards import Role
 if TYPE_CHECKING:
     import pandas as pd
 
-TOP1 = ("top1", "top1_linear")  # the latter of a kernel machine that had too many labels for its kernel
+# what a board is about: top-1 (`_linear`: of a kernel machine that had too many labels for its kernel), or its mean over
+# corruptions, which compares with its like alone
+CLEAN, CORRUPTED = ("top1", "top1_linear"), "top1_corrupted"
+ONE_SEVERITY = re.compile(r"top1_.+_[0-9]")
 # what says how the work was done, or what differs by seed, and not what was done
 TECHNICAL = {"seed", "stack_seeds", "stacked_seeds", "compile", "num_threads", "activation_checkpointing", "method_name",
              "dataset_name"}  # fmt: skip
@@ -79,7 +84,7 @@ class Measured:
     peak_memory_bytes: float | None
     evaluation_seconds: float | None
     pretrain_seconds: float | None = None
-    metric: str = TOP1[0]
+    metric: str = CLEAN[0]
     n_test: int | None = None
     collapsed: bool = False
     rows: list[int] = field(default_factory=list)
@@ -99,6 +104,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
     found: dict[tuple[Any, ...], Measured] = {}
     collapsed: set[str] = set()
     seconds: dict[str, float] = {}
+    shared: dict[str, dict[str, Any]] = {}  # configurations are few, measurements many
     for place, row in enumerate(_records(rows)):
         if row["collapsed"]:
             collapsed.add(row["pretrain_id"])
@@ -110,13 +116,14 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
                row["label_seed"], row["fold"])  # fmt: skip
         one = found.get(key)
         if one is None:
-            one = found[key] = _start(row)
+            one = found[key] = _start(row, shared)
         one.rows.append(place)
         _add(one, row)
     for one in found.values():
         one.collapsed = one.pretrain_id in collapsed
         one.pretrain_seconds = seconds.get(one.pretrain_id)
-    return [one for one in found.values() if one.tops]
+    # an evaluator that has other numbers on the test split, but no top-1 there, is about something else (calibration)
+    return [one for one in found.values() if "test" in one.tops or (one.tops and not one.others)]
 
 
 def label_free(rows: pd.DataFrame) -> dict[str, list[int]]:
@@ -147,9 +154,10 @@ def _records(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield dict(zip(COLUMNS, values, strict=True))
 
 
-def _start(row: Mapping[str, Any]) -> Measured:
+def _start(row: Mapping[str, Any], shared: dict[str, dict[str, Any]]) -> Measured:
     settings = _settings(row)
-    identity = json.dumps(settings, sort_keys=True, default=str)
+    identity = sys.intern(json.dumps(settings, sort_keys=True, default=str))
+    settings = shared.setdefault(identity, settings)
     return Measured(
         method=row["method"], dataset=row["dataset"], data=_data(row), encoder=row["encoder"], labels=row["labels"],
         evaluator=row["evaluator"], seed=int(row["seed"]), cell=(_whole(row["label_seed"]), _whole(row["fold"])),
@@ -185,12 +193,12 @@ def _add(one: Measured, row: Mapping[str, Any]) -> None:
     if row["split"] == "test":
         one.data_sha256, one.data_verified = row["data_sha256"], bool(row["data_verified"])
         one.n_test = _whole(row["n_test"]) or one.n_test
-    if row["metric"] in TOP1:
-        one.metric = row["metric"]
+    if row["metric"] in (*CLEAN, CORRUPTED):
+        one.metric = row["metric"] if row["split"] == "test" or "test" not in one.tops else one.metric
         one.tops.setdefault(row["split"], {})[readout] = row["value"]
         if row["converged"] is not None and not row["converged"]:
             one.unconverged.add((row["split"], readout))
-    elif row["split"] == "test":
+    elif row["split"] == "test" and not ONE_SEVERITY.fullmatch(row["metric"]):
         one.others.setdefault(readout, {})[row["metric"]] = row["value"]
 
 

@@ -114,8 +114,8 @@ def _gap(gap: Difference | None, named: bool) -> str:
 
 
 def _works(entry: Entry) -> str:
-    if entry.floor is None:
-        return ""
+    if entry.floor is None or entry.floor.verdict == "invalid":
+        return "" if entry.floor is None else "invalid"
     if entry.works is None:
         return f"{'above' if entry.above_floor else 'not above'} the best floor, too few seeds"
     return "yes" if entry.works else "above, within noise" if entry.above_floor else "no"

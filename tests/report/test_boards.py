@@ -242,3 +242,28 @@ def test_filters_name_what_is_wrong(make_runs: Runs, frame: Frame) -> None:
     ):
         with pytest.raises(HarnessError, match=message):
             select(rows, [word])
+
+
+def test_corrupted_images_are_never_compared_with_clean_ones(make_row: Any, make_runs: Runs, frame: Frame) -> None:
+    def robust(method: str, values: dict[str, float], **more: Any) -> list[dict[str, Any]]:
+        metrics = {"top1_corrupted": 1.0, "top1_noise_3": 0.5, "top1_noise": 0.9}
+        own: dict[str, Any] = {"evaluator": "robustness", **more}
+        return [row for readout, value in values.items() for row in (
+            make_row(method, 0, 1 - value, readout=readout, split="validation", **own),
+            *(make_row(method, 0, value * share, readout=readout, metric=name, **own) for name, share in metrics.items()),
+        )]  # fmt: skip
+
+    calibration: dict[str, Any] = {"evaluator": "calibration"}
+    rows = frame(make_runs("sc", [0.7]), robust("sc", {"gap": 0.5, "spatial": 0.4}), robust("random_init", {"gap": 0.3}, steps=0),
+                 floors(make_runs, [0.9], [0.8]), robust("pixels", {"pixels": 0.2}, steps=0, encoder="pixels"),
+                 [make_row("sc", 0, 0.7, split="validation", **calibration), make_row("sc", 0, 0.1, metric="ece", **calibration)])  # fmt: skip
+    boards = {board.evaluator: board for board in build(rows)}
+    assert set(boards) == {"linear_probe", "robustness"}
+    board = boards["robustness"]
+    assert (
+        board.metric == "top1_corrupted"
+        and board.best_floor == "pixels"
+        and "hog" not in {e.key for e in board.entries}
+    )
+    assert board.entry("sc").chosen == {0: "spatial"}
+    assert board.entry("sc").values == {0: 0.4} and set(board.entry("sc").metrics) == {"top1_noise"}
