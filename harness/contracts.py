@@ -565,6 +565,11 @@ class Row(BaseModel):
     share_of_floor: float | None = None  # rows from before it was measured stay readable
     peak_memory_bytes: int | None
 
+    @property
+    def transferred(self) -> bool:
+        """Whether the encoder was pretrained on another data set; `pretrain_data` then names it (`mnist:train`)."""
+        return ":" in self.pretrain_data
+
 
 __all__ = [
     "Batch", "Choice", "Config", "Counts", "Dataset", "DatasetInfo", "Encoder", "Evaluation", "EvaluationTask", "Evaluator",

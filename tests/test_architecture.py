@@ -18,7 +18,7 @@ TIERS: list[set[str]] = [
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
     {"runner", "seeds"},
-    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
+    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs", "transfer"},
     {"arms"},
     {"evaluation", "provenance", "records", "weights", "stacked", "floor"},
     {"pretrain", "config", "budgets", "journal", "figures"},
