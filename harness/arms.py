@@ -23,6 +23,25 @@ from harness.step import resolve_mode
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A finished pretraining that is measured on another data set: nothing of it is done again.
+
+    dataset: the name of what it was pretrained on; info: the facts of that data as they were then
+    pretrain_data: its splits, as rows of a transfer carry them (`mnist:train`)
+    identity: as stored with its weights; verified: whether every file behind it was the published one
+    default_encoder: of that data set: the network of arms that were asked for no other, also on the new data
+    """
+
+    dataset: str
+    info: DatasetInfo
+    pretrain_data: str
+    pretrain_id: str
+    identity: dict[str, Any]
+    verified: bool
+    default_encoder: str
+
+
+@dataclass(frozen=True)
 class Request:
     """One `run`, as asked for. `evaluators` None: the default ones that the data allows."""
 
@@ -43,6 +62,7 @@ class Request:
     weights: Path | None = None
     pinned: dict[str, Any] | None = None  # the resolved settings of a run that is evaluated again
     stacked: tuple[int, ...] | None = None  # seeds that are trained together, where that can be
+    origin: Origin | None = None  # of the method's weights, where they were pretrained on another data set
     checkpoint_seconds: float = 10.0
 
 
@@ -52,6 +72,7 @@ class Arm:
 
     role: `method`, `null control`, `control` or `floor`
     labelled: for a supervised method, the positions in `train` it may see
+    origin: where its weights are from, when that is another data set than it is measured on
     """
 
     method: str
@@ -65,6 +86,7 @@ class Arm:
     encoder: str
     steps: int
     batch_size: int
+    origin: Origin | None = None
 
     @property
     def plugin(self) -> type[Method]:
@@ -90,6 +112,11 @@ class Plan:
     budgets: tuple[LabelBudget, ...]
     arms: list[Arm]
     seed: int
+
+    @property
+    def dataset_name(self) -> str:
+        """What everything is measured on, as rows carry it."""
+        return shown_name(self.request.dataset)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -204,7 +231,10 @@ def make_plan(request: Request, fetch: bool = False, beside: Plan | None = None)
         raise HarnessError(f"--eval names no evaluator; known: {', '.join(registry.names('evaluator'))}")
     evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or DEFAULT_EVALUATORS)
     _refuse_path_separators(request)
-    probe = _resolve(request, request.method, plugin.default_encoder, evaluators)
+    # of an encoder from elsewhere the settings say what it was pretrained on; here those of the controls count
+    here = request if request.origin is None else replace(request, pinned=None)
+    default_encoder = plugin.default_encoder if request.origin is None else request.origin.default_encoder
+    probe = _resolve(here, request.method, default_encoder, evaluators)
     if beside is not None:
         dataset, fetch = beside.material.dataset, False
     else:
@@ -242,7 +272,7 @@ def make_plan(request: Request, fetch: bool = False, beside: Plan | None = None)
                 raise HarnessError(
                     f"data set '{info.name}' has no labels, so --eval {name} cannot run; use --eval representation"
                 )
-    arms = list(_arms(request, method, info, device, evaluators, budgets, material, plugin.default_encoder))
+    arms = list(_arms(request, method, info, device, evaluators, budgets, material, default_encoder))
     return Plan(request, device, material, budgets, arms, probe.seed)
 
 
@@ -257,7 +287,8 @@ def _resolve(request: Request, method: str, default_encoder: str, evaluators: Se
         evaluations = {k: v for k, v in request.layers.overrides.items() if k.startswith("eval.")}
         for recipe in request.layers.recipes:
             evaluations = {**{k: v for k, v in recipe.run.items() if k.startswith("eval.")}, **evaluations}
-        return build(method, shown_name(request.dataset), {**request.pinned, **evaluations}, evaluators)
+        dataset = shown_name(request.dataset) if request.origin is None else request.origin.dataset
+        return build(method, dataset, {**request.pinned, **evaluations}, evaluators)
     return resolve(method, shown_name(request.dataset), request.layers, default_encoder=default_encoder,
                    method_settings_of=request.method, evaluators=evaluators)  # fmt: skip
 
@@ -274,7 +305,7 @@ def _arms(
 ) -> Iterator[Arm]:
     wanted: list[tuple[str, str]] = [(request.method, "method" if method.role in (None, "outside") else method.role)]
     if request.control:
-        if method.null_control:
+        if method.null_control and request.origin is None:
             wanted.append((method.null_control, "null control"))
         wanted += [(name, "control") for name in registry.methods_with_role("control")]
         wanted += [(name, "floor") for name in registry.methods_with_role("floor")]
@@ -284,17 +315,24 @@ def _arms(
         if name in done or (role in ("control", "floor") and plugin.supervised and not budgets):
             continue
         done.add(name)
-        if plugin.supervised and not budgets:
+        origin = request.origin if name == request.method else None
+        if plugin.supervised and not budgets and origin is None:
             raise HarnessError(f"method '{name}' learns from labels and data set '{info.name}' has none")
-        mine = tuple(plugin.evaluators) if plugin.evaluators is not None else evaluators
+        mine = _evaluators_of(plugin, evaluators)
         if plugin.evaluators is not None and not budgets:
             mine = tuple(e for e in mine if not registry.load_evaluator(e).needs_labels)
         config = _resolve(request, name, default_encoder, tuple(dict.fromkeys((*evaluators, *mine))))
-        checked = build_method(name, config, info)  # refuses here what does not fit
+        checked = build_method(name, config, info if origin is None else origin.info)  # refuses here what does not fit
         config = _as_built(config, checked.encoder, _asked_encoder(request, name))
         mine = tuple(e for e in mine if _can_run(registry.load_evaluator(e), checked.encoder))
         for evaluator in mine:
             registry.load_evaluator(evaluator)(config.eval[evaluator]).check(checked.encoder)
+        if origin is not None:
+            encoder = checked.encoder.name
+            yield Arm(
+                name, role, config, origin.identity, origin.pretrain_id, mine, budgets, None, encoder, 0, 0, origin
+            )
+            continue
         if plugin.role == "outside" and request.weights is not None:
             weights.adopt(checked.encoder, weights.read_weights(request.weights), request.weights)
         for group in [budgets] if not plugin.supervised else [(b,) for b in budgets]:
@@ -329,6 +367,16 @@ def in_group(arm: Arm, seeds: Sequence[int] | None) -> Arm:
     if seeds is not None:
         identity["stacked"] = list(seeds)
     return replace(arm, identity=identity, pretrain_id=fingerprint.short_id(identity))
+
+
+def _evaluators_of(method: type[Method], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """What an arm is measured by. One that names its own evaluators (a floor) takes of those asked for only what
+    questions the same model: an evaluator built on one of its own, as `robustness` is on the linear probe."""
+    if method.evaluators is None:
+        return asked
+    own = [registry.load_evaluator(name) for name in method.evaluators]
+    more = [name for name in asked if any(issubclass(registry.load_evaluator(name), evaluator) for evaluator in own)]
+    return tuple(dict.fromkeys((*method.evaluators, *more)))
 
 
 def _can_run(evaluator: type[Evaluator], encoder: Encoder) -> bool:
@@ -455,6 +503,11 @@ def _identity(
     }
 
 
+def pretext_id(pretrain_id: str) -> str:
+    """The eval_id of what a pretraining says of itself: its pretext task, or that its loss was not finite."""
+    return fingerprint.short_id({"pretext": pretrain_id})
+
+
 def cells(arm: Arm, plan: Plan) -> list[Cell]:
     """The evaluations of an arm, in order."""
     out = []
@@ -478,6 +531,8 @@ def _eval_id(arm: Arm, plan: Plan, plugin: type[Evaluator], budget: LabelBudget 
         "numbers_version": fingerprint.NUMBERS_VERSION,
         **describe_budget(budget),
     }
+    if arm.origin is not None:
+        parts["transfer"] = {name: digest for name, digest in plan.material.digests.items() if name != "test"}
     return fingerprint.short_id(parts)
 
 

@@ -311,6 +311,7 @@ class Method(nn.Module, ABC):
     defaults: shared settings this method changes, by dotted key ({"optim.name": "adamw"})
     null_control: name of the registered method that is this one with its information removed
     evaluators: names to run whatever was asked for; None: those asked for
+    view_corruptions: corruptions of evaluator `robustness` that its views contain and no setting of it tells
     """
 
     role: ClassVar[Literal["control", "floor", "outside"] | None] = None
@@ -328,6 +329,7 @@ class Method(nn.Module, ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     null_control: ClassVar[str | None] = None
     evaluators: ClassVar[tuple[str, ...] | None] = None
+    view_corruptions: ClassVar[tuple[str, ...]] = ()
 
     class Config(Config):
         """No hyperparameters; a method with some overrides this class."""
@@ -468,12 +470,15 @@ class EvaluationTask(Protocol):
     """What an evaluator works on. The encoder is a private copy; the test split is opened on first `test` access only.
 
     encoder: on `device`, in eval mode; trainer: the one training loop; has_test: whether `test` can be asked for
+    method_settings: of the method that made the encoder, by dotted name; view_corruptions: what it declares
     """
 
     encoder: Encoder
     info: DatasetInfo
     seed: int
     device: torch.device
+    method_settings: Mapping[str, Any]
+    view_corruptions: tuple[str, ...]
 
     @property
     def trainer(self) -> Trainer: ...
@@ -580,6 +585,11 @@ class Row(BaseModel):
     images_per_second: float | None
     share_of_floor: float | None = None  # rows from before it was measured stay readable
     peak_memory_bytes: int | None
+
+    @property
+    def transferred(self) -> bool:
+        """Whether the encoder was pretrained on another data set; `pretrain_data` then names it (`mnist:train`)."""
+        return ":" in self.pretrain_data
 
 
 __all__ = [

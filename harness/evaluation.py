@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -117,6 +117,8 @@ class Task:
     checkpoint_seconds: float
     mode: Mode = "off"
     note: Callable[[str], None] = lambda _: None
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    view_corruptions: tuple[str, ...] = ()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the arm was trained in."""

@@ -188,7 +188,8 @@ def _probe_rows(run: runs.Run) -> tuple[list[Row], float]:
     """The `gap` rows of the linear probe that was evaluated last (of several folds: the first), and its strength."""
     found = []
     for path in sorted((records.runs_folder(run.workspace) / run.pretrain_id).glob("*.json")):
-        rows = [row for row in records.read(path) or [] if (row.evaluator, row.readout) == ("linear_probe", "gap")]
+        rows = [row for row in records.read(path) or []
+                if (row.evaluator, row.readout) == ("linear_probe", "gap") and not row.transferred]  # fmt: skip
         chosen = (durable.read_sealed(path) or {}).get("chosen", {}).get("gap.strength")
         if rows and chosen is not None:
             found.append((rows, float(chosen)))

@@ -62,10 +62,15 @@ def log_pretraining_figures(
 
 
 def log_evaluation_figures(
-    journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation
+    journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation, dataset: str
 ) -> None:
-    """After an evaluation: its confusion matrix; for the method itself neighbours and 2-d maps of the features."""
+    """After an evaluation: its confusion matrix; for the method itself neighbours and 2-d maps of the features.
+
+    dataset: the name of what it was measured on
+    """
     suffix = "" if cell.budget is None or cell.budget.fold is None else f"_fold{cell.budget.fold}"
+    if arm.origin is not None:  # beside those of its own run
+        suffix = f"_on_{dataset.replace(':', '_')}{suffix}"
     for readout, predicted in list(result.predictions.items())[:1]:
         name = f"confusion_{cell.evaluator}_{readout}{suffix}"
         true, classes = task.labels("test"), task.info.classes or ()

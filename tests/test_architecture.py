@@ -24,7 +24,7 @@ TIERS: list[set[str]] = [
     {"report.summary", "report.warnings", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
     {"runner", "seeds"},
-    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
+    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs", "transfer"},
     {"arms"},
     {"evaluation", "provenance", "records", "weights", "stacked", "floor", "statistics"},
     {"pretrain", "config", "budgets", "journal", "figures", "feature_maps"},
@@ -49,7 +49,16 @@ PLUGINS = {
         "receptive_field",
     },
     "datasets": {"contracts", "images", "mapped", "decoding", "formats", "download", "archives", "published"},
-    "harness/evaluators": {"contracts", "encoders", "augment", "batches", "mapped", "optim"},
+    "harness/evaluators": {
+        "contracts",
+        "encoders",
+        "augment",
+        "image_operations",
+        "views",
+        "batches",
+        "mapped",
+        "optim",
+    },
 }
 PLUGIN_LIBRARIES = {
     "methods": {"sklearn", "skimage"},
@@ -58,7 +67,7 @@ PLUGIN_LIBRARIES = {
 }
 # Exporting is folding this very probe into a torchvision network.
 EXCEPTIONS = {"export.py": {"evaluators.linear_probe"}}
-# A method may build on the one it is a variant of.
+# A method may build on the one it is a variant of, an evaluator on the one whose model it questions.
 VARIANTS = {
     "methods/sc_null.py": {"methods.sc"},
     "methods/sc_semi.py": {"methods.sc"},
@@ -71,6 +80,9 @@ VARIANTS = {
     "methods/densecl.py": {"methods.moco_v2"},
     "methods/dcl.py": {"methods.simclr"},
     "methods/supcon.py": {"methods.simclr"},
+    "harness/evaluators/_fitted_probe.py": {"evaluators.linear_probe"},
+    "harness/evaluators/calibration.py": {"evaluators._fitted_probe"},
+    "harness/evaluators/robustness.py": {"evaluators._fitted_probe"},
 }
 
 
