@@ -319,7 +319,7 @@ def profile_(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes or runs.")],
+    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes, grids or runs.")],
     workspace: Workspace = Path("."),
     plugins: Plugins = None,
     as_json: Json = False,

@@ -21,6 +21,7 @@ TIERS: list[set[str]] = [
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
     {"arms"},
     {"evaluation", "provenance", "records", "weights", "stacked", "floor"},
+    {"grid_files"},
     {"pretrain", "config", "budgets", "journal", "figures"},
     {"step"},
     {"batches", "checkpoint", "registry"},
