@@ -407,6 +407,16 @@ def _identity(
     }
 
 
+def pretext_id(pretrain_id: str) -> str:
+    """The eval_id of what a pretraining says of itself: its pretext task, or that its loss was not finite."""
+    return fingerprint.short_id({"pretext": pretrain_id})
+
+
+def failure_id(pretrain_id: str) -> str:
+    """The eval_id of the status row that an arm leaves which failed; it goes when the arm is finished after all."""
+    return fingerprint.short_id({"failure": pretrain_id})
+
+
 def cells(arm: Arm, plan: Plan) -> list[Cell]:
     """The evaluations of an arm, in order."""
     out = []

@@ -34,7 +34,20 @@ from harness import (
     runs,
 )
 from harness import weights as weights_of
-from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, in_group, make_plan
+from harness.arms import (
+    Arm,
+    Cell,
+    Plan,
+    Request,
+    build_encoder,
+    build_method,
+    cells,
+    environment,
+    failure_id,
+    in_group,
+    make_plan,
+    pretext_id,
+)
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
 from harness.contracts import Encoder, Evaluation, HarnessError, Measurement, Method, Row, Status
@@ -184,7 +197,7 @@ class ArmRun:
     def run(self) -> None:
         todo = []
         for cell in [None, *cells(self.arm, self.plan)]:
-            eval_id = cell.eval_id if cell else self._own_id()
+            eval_id = cell.eval_id if cell else pretext_id(self.arm.pretrain_id)
             rows = records.read(records.rows_path(self.workspace, self.arm.pretrain_id, eval_id))
             if rows is None or rows[0].status in ("INTERRUPTED", "OUT_OF_MEMORY", "FAILED"):
                 todo.append(cell)
@@ -199,7 +212,9 @@ class ArmRun:
         if todo:
             with self.recorded(), self._failures_become_rows():
                 self._work(todo)
-                records.rows_path(self.workspace, self.arm.pretrain_id, self._failure_id()).unlink(missing_ok=True)
+                records.rows_path(self.workspace, self.arm.pretrain_id, failure_id(self.arm.pretrain_id)).unlink(
+                    missing_ok=True
+                )
 
     def _work(self, todo: list[Cell | None]) -> None:
         encoder, facts = self.pretrained()
@@ -289,14 +304,18 @@ class ArmRun:
         least = floor.find(method, info, arm.batch_size, self.plan.device, arm.config.precision == "bf16")
         return None if least is None else images_per_second * least.seconds
 
-    def _train(self, method: Method) -> pretrain.Finished:
+    def training_data(self) -> Batches:
+        """What the arm is trained on, in the order of its steps."""
         arm, device = self.arm, self.plan.device
         images, labels = self.plan.material.placed_images(device), None
         if arm.labelled is not None:
             train = self.plan.material.split("train")
             assert train.labels is not None
             images, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
-        data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
+        return Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
+
+    def _train(self, method: Method) -> pretrain.Finished:
+        arm, device, data = self.arm, self.plan.device, self.training_data()
         if data.placement != "resident":
             self.reporter.note(f"{len(data):,} images do not fit on the device: {data.placement} (docs/decisions/008)")
         if device.type == "cuda" and not arm.plugin.graphable:
@@ -366,15 +385,9 @@ class ArmRun:
             )
         found = [Measurement(None, "pretrain", name, value) for name, value in facts["pretext"].items()]
         found = found or [Measurement(None, "pretrain", "status", None)]
-        rows = [self._row(m, None, facts, self._own_id(), status) for m in found]
+        rows = [self._row(m, None, facts, pretext_id(self.arm.pretrain_id), status) for m in found]
         records.write(self.workspace, rows)
         self._publish(rows)
-
-    def _failure_id(self) -> str:
-        return fingerprint.short_id({"failure": self.arm.pretrain_id})
-
-    def _own_id(self) -> str:
-        return fingerprint.short_id({"pretext": self.arm.pretrain_id})
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -496,8 +509,6 @@ class ArmRun:
         except Exception as error:
             words = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
-            self.failed = True
-            status: Status = "OUT_OF_MEMORY" if memory else "FAILED"
             log = self.folder / "error.txt"
             durable.write_bytes(log, traceback.format_exc().encode())
             advice = (
@@ -505,15 +516,24 @@ class ArmRun:
                 if memory
                 else f"the traceback is in {log}"
             )
-            self.outcome.problems.append(
-                f"{self.arm.method}: {status} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {advice}"
-            )
-            facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
-                     "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
-                     **provenance.code_state()}  # fmt: skip
-            rows = [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._failure_id(), status)]
-            records.write(self.workspace, rows)
-            self._publish(rows)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._record_failure("OUT_OF_MEMORY" if memory else "FAILED", reason, advice)
+
+    def _record_failure(self, status: Status, reason: str, advice: str) -> None:
+        self.failed = True
+        self.outcome.problems.append(f"{self.arm.method}: {status} ({reason}); {advice}")
+        facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
+                 "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
+                 **provenance.code_state()}  # fmt: skip
+        measurement = Measurement(None, "pretrain", "status", None)
+        rows = [self._row(measurement, None, facts, failure_id(self.arm.pretrain_id), status)]
+        records.write(self.workspace, rows)
+        self._publish(rows)
+
+    def record_loss(self, reason: str) -> None:
+        """Leave the status row of an arm whose process was lost in a way that it could not record itself."""
+        with self.recorded():
+            self._record_failure("FAILED", reason, "lost with its process")
 
 
 def _placed(module: Module, device: torch.device) -> Module:

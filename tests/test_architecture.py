@@ -14,9 +14,16 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 # Modules of the core from the top down; each may import those of lower tiers and of its own.
 TIERS: list[set[str]] = [
     {"cli"},
-    {"verbs", "verbs.options"},
+    {"verbs", "verbs.options", "verbs.bench"},
+    {"grid_console"},
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
+    {"bench"},
+    {"costs"},
+    {"engines.local"},
+    {"engines"},
+    {"grid"},
+    {"compute_budgets"},
     {"runner", "seeds"},
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
     {"arms"},
