@@ -19,6 +19,7 @@ import typer
 import harness
 from harness import registry
 from harness.verbs import bench as bench_verbs
+from harness.verbs import reproduce as reproduce_verbs
 from harness.verbs.options import (
     DataDir,
     Eval,
@@ -49,6 +50,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 bench_verbs.register(app)
+reproduce_verbs.register(app)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it

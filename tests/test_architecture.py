@@ -14,8 +14,8 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 # Modules of the core from the top down; each may import those of lower tiers and of its own.
 TIERS: list[set[str]] = [
     {"cli"},
-    {"verbs", "verbs.options", "verbs.bench"},
-    {"grid_console"},
+    {"verbs", "verbs.options", "verbs.bench", "verbs.reproduce"},
+    {"grid_console", "reproduction"},
     {"report.summary", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
     {"bench"},

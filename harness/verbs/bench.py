@@ -85,7 +85,7 @@ def bench(
     )  # fmt: skip
     whole = make_grid(**asked, overrides=parse_overrides(overrides or []))
     if dry_run:
-        _dry_run(whole, request, jobs, as_json)
+        show_dry_run(whole, request, jobs, as_json)
         return
     planned, report = execute(whole, request, jobs, retry_failed, plugins or [], study)
     _print(planned, report, as_json)
@@ -129,7 +129,8 @@ def _bounds(grid: Grid, workspace: Path, record: bool) -> Any:
     return None if budget is None else lambda plan: resolve_budget(budget, plan, workspace, record)
 
 
-def _dry_run(grid: Grid, base: Request, jobs: int, as_json: bool) -> None:
+def show_dry_run(grid: Grid, base: Request, jobs: int, as_json: bool) -> None:
+    """Print what a grid lacks and what that costs; writes nothing."""
     from harness import records
     from harness.costs import Timings
     from harness.grid import plan_cells, standing
