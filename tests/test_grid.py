@@ -331,6 +331,36 @@ def test_a_study_lists_what_is_wanted_and_grows(base: Request) -> None:
         bench.write_study(base.workspace, "../mine", cells)
 
 
+def test_the_live_table_counts_what_is_finished_running_and_failed(base: Request) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from harness.grid import Standing
+    from harness.grid_console import BenchConsole
+
+    cells = plan_cells(tiny(methods=["simclr"], labels=["5pc"], axes={"batch_size": (32,)}), base).cells
+    first, second = (cell for cell in cells if cell.method == "simclr")
+    watcher = BenchConsole(cells, {cell.pretrain_id: Standing("missing") for cell in cells})
+    watcher.started(first)
+    watcher.finished(first, CellOutcome(first.pretrain_id, "FINISHED", seconds=1.0), 7200.0, 3)
+    watcher.started(second)
+    watcher.progress(second, "simclr pretrain 3/8 [bold]")
+    out = StringIO()
+    Console(file=out, width=160).print(watcher._table())
+    line = next(line for line in out.getvalue().splitlines() if "simclr" in line)
+    assert [word.strip() for word in line.strip("│").split("│")] == [
+        "simclr",
+        "digits batch_size=32",
+        "convnet_small",
+        "1/2",
+        "1",
+        "",
+    ]
+    assert "simclr pretrain 3/8 [bold]" in out.getvalue()
+    assert "about 2.0 h and 3 cells of unknown length left" in out.getvalue()
+
+
 # ---------------------------------------------------------------------------------------------------------- budgets
 
 
@@ -383,7 +413,7 @@ def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 280) -> Any:
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 900) -> Any:
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err
     return json.loads(out)
@@ -454,6 +484,7 @@ def killed_and_shared(
     return list(cells)
 
 
+@pytest.mark.timeout(1800)
 def test_a_grid_that_is_killed_and_shared_by_two_commands_has_every_row_once(tmp_path: Path) -> None:
     settings = [word for key, value in (TINY | {"epochs": 20}).items() for word in ("--set", f"{key}={value}")]
     words = [
@@ -469,15 +500,24 @@ def test_a_grid_that_is_killed_and_shared_by_two_commands_has_every_row_once(tmp
         "knn",
         *settings,
     ]
-    cells = killed_and_shared(tmp_path, words, [1], 1, 280)
+    cells = killed_and_shared(tmp_path, words, [1], 1, 900)
     assert sum(cell["role"] == "control" and cell["method"] == "random_init" for cell in cells) == 1
 
 
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    process = start("bench", "--methods", "sc", "--seeds", "0-1", cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err == "harness: the grid names no datasets; give --datasets or a grid file with them\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(900)
 def test_sigterm_ends_a_bench_cleanly_and_it_says_how_to_go_on(tmp_path: Path) -> None:
     process = start("bench", "--methods", "simclr", "--datasets", "digits", "--eval", "knn", "--labels", "5pc", "--set", "epochs=400",
                     "--tracking", "none", cwd=tmp_path)  # fmt: skip
     journals = tmp_path / ".harness" / "journals"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not any('"metrics"' in p.read_text() for p in journals.glob("*.jsonl")):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
