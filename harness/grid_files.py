@@ -37,7 +37,7 @@ def grid_names() -> tuple[str, ...]:
 
 
 def load_grid(name: str) -> dict[str, Any]:
-    """A shipped grid by name, or a file by its path, as keyword arguments of harness.grid.make_grid.
+    """A shipped grid by name, or a file by its path, as keyword arguments of harness.grid_setups.make_grid.
 
     Raises HarnessError naming the file, the key and what is allowed.
     """

@@ -23,6 +23,7 @@ TIERS: list[set[str]] = [
     {"engines.local"},
     {"engines"},
     {"grid"},
+    {"grid_setups"},
     {"compute_budgets"},
     {"runner", "seeds"},
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},

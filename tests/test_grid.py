@@ -22,8 +22,9 @@ from harness.config import Layers, load_recipe
 from harness.contracts import HarnessError
 from harness.costs import Timings
 from harness.engines import CellOutcome, Watcher, run_cell
-from harness.grid import Cell, Grid, Planner, make_grid, plan_cells, request_of, setups, standing
+from harness.grid import Cell, Planner, plan_cells, standing
 from harness.grid_files import grid_names, load_grid
+from harness.grid_setups import Grid, make_grid, request_of, settings_of, setups
 from harness.journal import hold, journal_path, lock_path, read
 
 TINY = {"epochs": 1, "num_threads": 1, "precision": "fp32", "data.num_pretrain_images": 256}
@@ -120,8 +121,6 @@ def test_shipped_grids_resolve(name: str) -> None:
     for group in setups(grid):
         for setup in group:
             request = request_of(grid, Request("", ""), setup, grid.seeds[0], grid.labels[0], None)
-            from harness.grid import settings_of
-
             settings_of(request)
 
 

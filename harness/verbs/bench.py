@@ -14,7 +14,8 @@ from harness.verbs.options import DataDir, Eval, Json, LabelSeed, Plugins, Set, 
 if TYPE_CHECKING:
     from harness.arms import Request
     from harness.bench import Report
-    from harness.grid import Grid, Planned
+    from harness.grid import Planned
+    from harness.grid_setups import Grid
 
 Jobs = Annotated[int, typer.Option("--jobs", min=1, max=256, help="Cells at work at the same time, as cores allow.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run cells again that failed in an earlier command.")]
@@ -69,8 +70,8 @@ def bench(
     add_plugins(plugins)
     from harness.arms import Request
     from harness.config import load_recipe, parse_overrides
-    from harness.grid import make_grid
     from harness.grid_files import load_grid
+    from harness.grid_setups import make_grid
 
     asked: dict[str, Any] = load_grid(grid) if grid else {}
     flags = {"methods": words(methods), "datasets": words(datasets), "encoders": words(encoders), "seeds": seeds,

@@ -14,7 +14,7 @@ from harness.verbs.options import DataDir, Json, Plugins, Tracking, Workspace, a
 
 if TYPE_CHECKING:
     from harness.bench import Report
-    from harness.grid import Grid
+    from harness.grid_setups import Grid
     from harness.reproduction import Comparison
 
 
@@ -46,8 +46,8 @@ def reproduce(
     from harness import registry, reproduction
     from harness.arms import Request
     from harness.contracts import HarnessError
-    from harness.grid import make_grid
     from harness.grid_files import load_grid
+    from harness.grid_setups import make_grid
 
     if table not in reproduction.TABLES:
         raise HarnessError(f"unknown table '{table}'; {registry.near(table, reproduction.TABLES)}")
