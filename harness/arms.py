@@ -508,6 +508,14 @@ def pretext_id(pretrain_id: str) -> str:
     return fingerprint.short_id({"pretext": pretrain_id})
 
 
+def failure_id(pretrain_id: str, elsewhere: str | None = None) -> str:
+    """The eval_id of the status row that an arm leaves which failed; it goes when the arm is finished after all.
+
+    elsewhere: the data set, where the arm was to be measured on another one than it was pretrained on
+    """
+    return fingerprint.short_id({"failure": pretrain_id} | ({} if elsewhere is None else {"on": elsewhere}))
+
+
 def cells(arm: Arm, plan: Plan) -> list[Cell]:
     """The evaluations of an arm, in order."""
     out = []

@@ -18,7 +18,9 @@ import typer
 
 import harness
 from harness import registry
+from harness.verbs import bench as bench_verbs
 from harness.verbs import compare, report
+from harness.verbs import reproduce as reproduce_verbs
 from harness.verbs.options import (
     DataDir,
     Eval,
@@ -51,6 +53,8 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(report.report)
 app.command()(compare.compare)
+bench_verbs.register(app)
+reproduce_verbs.register(app)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it
@@ -335,7 +339,7 @@ def profile_(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes or runs.")],
+    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes, grids or runs.")],
     workspace: Workspace = Path("."),
     plugins: Plugins = None,
     as_json: Json = False,

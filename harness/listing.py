@@ -12,9 +12,10 @@ from harness.config import DataConfig, RunConfig, load_recipe, recipe_names
 from harness.config import describe as describe_fields
 from harness.contracts import HarnessError
 from harness.encoders import EncoderConfig
+from harness.grid_files import grid_names, load_grid
 from harness.optim import OptimConfig, ScheduleConfig
 
-KINDS = ("methods", "datasets", "encoders", "evaluators", "recipes", "runs")
+KINDS = ("methods", "datasets", "encoders", "evaluators", "recipes", "grids", "runs")
 JSON_ONLY = {kind: ("role", "source") if kind == "methods" else () for kind in KINDS}  # too wide for a terminal
 
 
@@ -23,7 +24,7 @@ def records(what: str, workspace: Path) -> list[dict[str, Any]]:
     if what not in KINDS:
         raise HarnessError(f"list '{what}': {registry.near(what, KINDS)}")
     return {"methods": _methods, "datasets": _datasets, "encoders": _encoders, "evaluators": _evaluators,
-            "recipes": _recipes, "runs": lambda: _runs(workspace)}[what]()  # fmt: skip
+            "recipes": _recipes, "grids": _grids, "runs": lambda: _runs(workspace)}[what]()  # fmt: skip
 
 
 def _methods() -> list[dict[str, Any]]:
@@ -66,6 +67,16 @@ def _recipes() -> list[dict[str, Any]]:
         recipe = load_recipe(name)
         out.append({"name": name, "settings": ", ".join(f"{k}={v}" for k, v in recipe.run.items()),
                     "methods": ", ".join(sorted(recipe.methods))})  # fmt: skip
+    return out
+
+
+def _grids() -> list[dict[str, Any]]:
+    out = []
+    for name in grid_names():
+        grid = load_grid(name)
+        axes = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in grid["axes"].items())
+        out.append({"name": name, "methods": ", ".join(grid["methods"]), "datasets": ", ".join(grid["datasets"]),
+                    "seeds": grid["seeds"], "labels": ", ".join(grid["labels"]), "axes": axes})  # fmt: skip
     return out
 
 

@@ -45,6 +45,7 @@ from harness.arms import (
     build_method,
     cells,
     environment,
+    failure_id,
     in_group,
     make_plan,
     pretext_id,
@@ -311,9 +312,12 @@ class ArmRun:
         least = floor.find(method, info, arm.batch_size, self.plan.device, arm.config.precision == "bf16")
         return None if least is None else images_per_second * least.seconds
 
+    def training_data(self) -> Batches:
+        """What the arm is trained on, in the order of its steps."""
+        return training_batches(self.arm, self.plan.material, self.plan.device)
+
     def _train(self, method: Method) -> pretrain.Finished:
-        arm, device = self.arm, self.plan.device
-        data = training_batches(arm, self.plan.material, device)
+        arm, device, data = self.arm, self.plan.device, self.training_data()
         if data.placement != "resident":
             self.reporter.note(f"{len(data):,} images do not fit on the device: {data.placement} (docs/decisions/008)")
         if device.type == "cuda" and not arm.plugin.graphable:
@@ -389,8 +393,7 @@ class ArmRun:
 
     def _failure_id(self) -> str:
         arm = self.arm
-        elsewhere = {} if arm.origin is None else {"on": self.plan.dataset_name}
-        return fingerprint.short_id({"failure": arm.pretrain_id, **elsewhere})
+        return failure_id(arm.pretrain_id, None if arm.origin is None else self.plan.dataset_name)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -524,8 +527,6 @@ class ArmRun:
         except Exception as error:
             words = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
-            self.failed = True
-            status: Status = "OUT_OF_MEMORY" if memory else "FAILED"
             log = self.folder / "error.txt"
             durable.write_bytes(log, traceback.format_exc().encode())
             advice = (
@@ -533,15 +534,24 @@ class ArmRun:
                 if memory
                 else f"the traceback is in {log}"
             )
-            self.outcome.problems.append(
-                f"{self.arm.method}: {status} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {advice}"
-            )
-            facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
-                     "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
-                     **provenance.code_state()}  # fmt: skip
-            rows = [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._failure_id(), status)]
-            records.write(self.workspace, rows)
-            self._publish(rows)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._record_failure("OUT_OF_MEMORY" if memory else "FAILED", reason, advice)
+
+    def _record_failure(self, status: Status, reason: str, advice: str) -> None:
+        self.failed = True
+        self.outcome.problems.append(f"{self.arm.method}: {status} ({reason}); {advice}")
+        facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
+                 "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
+                 **provenance.code_state()}  # fmt: skip
+        measurement = Measurement(None, "pretrain", "status", None)
+        rows = [self._row(measurement, None, facts, self._failure_id(), status)]
+        records.write(self.workspace, rows)
+        self._publish(rows)
+
+    def record_loss(self, reason: str) -> None:
+        """Leave the status row of an arm whose process was lost in a way that it could not record itself."""
+        with self.recorded():
+            self._record_failure("FAILED", reason, "lost with its process")
 
 
 def _placed(module: Module, device: torch.device) -> Module:

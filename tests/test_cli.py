@@ -157,7 +157,7 @@ def test_dry_run_writes_nothing_and_json_is_json(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("what", ["methods", "datasets", "encoders", "evaluators", "recipes", "runs"])
+@pytest.mark.parametrize("what", ["methods", "datasets", "encoders", "evaluators", "recipes", "grids", "runs"])
 def test_lists(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = invoke(["list", what, "--json"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
