@@ -61,6 +61,7 @@ VARIANTS = {
     "methods/densecl.py": {"methods.moco_v2"},
     "methods/dcl.py": {"methods.simclr"},
     "methods/supcon.py": {"methods.simclr"},
+    "methods/bagssl.py": {"methods.vicreg"},
 }
 
 
