@@ -256,6 +256,11 @@ class Encoder(nn.Module, ABC):
         """The maps after several named layers; encoders that can make them in one pass override this."""
         return tuple(self.forward_to(images, layer) for layer in layers)
 
+    def forward_apart(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The maps after all of `layers`, with no gradient from one stage into the one before; the values are those of
+        `forward_layers`. Raises HarnessError where the network cannot be taken apart."""
+        raise HarnessError(f"encoder {self.name} cannot be taken apart into stages; use one of `harness list encoders`")
+
     @property
     @abstractmethod
     def layers(self) -> tuple[str, ...]:

@@ -92,6 +92,7 @@ VARIANTS = {
     "harness/evaluators/_fitted_probe.py": {"evaluators.linear_probe"},
     "harness/evaluators/calibration.py": {"evaluators._fitted_probe"},
     "harness/evaluators/robustness.py": {"evaluators._fitted_probe"},
+    "methods/bagssl.py": {"methods.vicreg"},
 }
 
 
