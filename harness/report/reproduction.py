@@ -38,8 +38,8 @@ def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> lis
         if key in ("method_name", "dataset_name", "seed", "stack_seeds") or (key in usual and usual[key] == value):
             continue
         words += ["--set", f"{key}={_typed(value)}"]
-    budgets = dict.fromkeys((row.labels, row.label_seed) for row in rows if row.labels is not None)
-    return [_wrapped([*words, *_evaluations(rows, *budget)]) for budget in budgets or {(None, None): None}]
+    budgets = list(dict.fromkeys((row.labels, row.label_seed) for row in rows if row.labels is not None))
+    return [_wrapped([*words, *_evaluations(rows, *budget)]) for budget in budgets or [(None, None)]]
 
 
 def _evaluations(rows: Sequence[Row], labels: str | None, label_seed: int | None) -> list[str]:
