@@ -38,7 +38,8 @@ def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> lis
         if key in ("method_name", "dataset_name", "seed", "stack_seeds") or (key in usual and usual[key] == value):
             continue
         words += ["--set", f"{key}={_typed(value)}"]
-    budgets = list(dict.fromkeys((row.labels, row.label_seed) for row in rows if row.labels is not None))
+    labelled = [(row.labels, row.label_seed) for row in rows if row.labels is not None]
+    budgets: list[tuple[str | None, int | None]] = [*dict.fromkeys(labelled)]
     return [_wrapped([*words, *_evaluations(rows, *budget)]) for budget in budgets or [(None, None)]]
 
 
