@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def document(
     Every kind is scaled into the unit square, its longer side filled, y upwards; labels: (N,) integers.
     """
     first = next(iter(planes.values()))
-    value = {
+    value: dict[str, Any] = {
         **about,
         "classes": [str(name) for name in classes or ()],
         "labels": [int(labels[index]) for index in first.kept],
