@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -288,26 +289,41 @@ class Matrix:
 
 
 def transfer(rows: Iterable[Row]) -> list[Matrix]:
-    """One matrix per method, evaluator, readout and label budget whose rows cross data sets.
+    """One matrix per method, configuration, evaluator, readout and label budget whose rows cross data sets.
 
-    A row crosses data sets where it was pretrained on another data set than it was evaluated on.
+    Such a row names its source in `pretrain_data`, as `DATASET:SPLITS`; of others the source is the data set itself.
     """
     found: dict[tuple[str, ...], dict[tuple[str, str], list[float]]] = {}
     for row in rows:
         if row.value is not None and row.split == "test" and row.metric == "top1" and row.labels is not None:
-            key = (row.method, row.encoder, row.evaluator, row.readout or "", row.labels)
-            source = str(row.config.get("dataset_name", row.dataset))
+            key = (row.method, row.encoder, _configuration(row), row.evaluator, row.readout or "", row.labels)
+            source = row.pretrain_data.rpartition(":")[0] or row.dataset
             found.setdefault(key, {}).setdefault((source, row.dataset), []).append(row.value)
     out = []
-    for (method, encoder, evaluator, readout, labels), cells in found.items():
-        if all(source == target for source, target in cells):
-            continue
+    crossing = {key: cells for key, cells in found.items() if any(source != target for source, target in cells)}
+    configurations: dict[str, dict[str, int]] = {}
+    for method, _, configuration, *_ in crossing:
+        known = configurations.setdefault(method, {})
+        known.setdefault(configuration, len(known) + 1)
+    for (method, encoder, configuration, evaluator, readout, labels), cells in crossing.items():
         sources, targets = (sorted({pair[axis] for pair in cells}) for axis in (0, 1))
         means = {pair: fmean(values) for pair, values in cells.items()}
         table = [[_heat(means, source, target, sources) for target in targets] for source in sources]
-        title = f"{method} ({encoder}), {words(evaluator)} {readout}, labels {labels}"
+        which = configurations[method]
+        title = f"{method} ({encoder}), {words(evaluator)} {words(readout)}, labels {labels}"
+        title += f", configuration {which[configuration]} of {len(which)}" if len(which) > 1 else ""
         out.append(Matrix(title, sources, targets, table))
     return out
+
+
+def _configuration(row: Row) -> str:
+    """The method's own settings and its length of training: runs that differ in them are never averaged."""
+    kept = {
+        k: v
+        for k, v in row.config.items()
+        if k.startswith(("method.", "optim.", "schedule.")) or k in ("epochs", "batch_size")
+    }
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _heat(

@@ -22,10 +22,12 @@ def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> lis
     A setting is written where it differs from what the method gets by default; all of them are where the method or the
     data set is not installed. The folder behind `folder:NAME` and `--data-dir` are not in rows and stay the reader's.
     """
-    first = rows[0]
-    config = {key: value for row in rows for key, value in row.config.items()}
-    usual = _defaults(first.method, first.dataset)
-    words = ["harness", "run", "--method", first.method, "--dataset", first.dataset, "--device", first.device]
+    own = [row for row in rows if not _source(row)]
+    first = (own or rows)[0]
+    dataset = _source(first) or first.dataset
+    config = {key: value for row in own or rows for key, value in row.config.items()}
+    usual = _defaults(first.method, dataset)
+    words = ["harness", "run", "--method", first.method, "--dataset", dataset, "--device", first.device]
     together = (facts or {}).get("identity", {}).get("stacked")
     words += (
         ["--seed", str(first.seed)]
@@ -33,14 +35,20 @@ def commands(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> lis
         else ["--seeds", ",".join(map(str, together)), "--stack-seeds", "on"]
     )
     words += ["--deterministic"] if first.deterministic else []
-    words += ["--no-control"]
+    elsewhere = dict.fromkeys(row.dataset for row in rows if _source(row))
+    words += ["--no-control", *(["--transfer", ",".join(elsewhere)] if elsewhere else [])]
     for key, value in sorted(config.items()):
         if key in ("method_name", "dataset_name", "seed", "stack_seeds") or (key in usual and usual[key] == value):
             continue
         words += ["--set", f"{key}={_typed(value)}"]
-    labelled = [(row.labels, row.label_seed) for row in rows if row.labels is not None]
-    budgets: list[tuple[str | None, int | None]] = [*dict.fromkeys(labelled)]
+    budgets: list[tuple[str | None, int | None]]
+    budgets = list(dict.fromkeys((row.labels, row.label_seed) for row in rows if row.labels is not None))
     return [_wrapped([*words, *_evaluations(rows, *budget)]) for budget in budgets or [(None, None)]]
+
+
+def _source(row: Row) -> str:
+    """The data set a run was pretrained on, of a row measured on another one; empty for any other row."""
+    return row.pretrain_data.rpartition(":")[0]
 
 
 def _evaluations(rows: Sequence[Row], labels: str | None, label_seed: int | None) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+import harness
 from harness.contracts import Row
 
 PLAIN: dict[str, Any] = dict.fromkeys(Row.model_fields) | {
@@ -61,3 +63,22 @@ def make_runs() -> Callable[..., list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def frame() -> Callable[..., pd.DataFrame]:
     return lambda *groups: pd.DataFrame([one for group in groups for one in group], columns=list(Row.model_fields))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of a method on digits at two label budgets, with an untrained network and the pixels floor: real rows,
+    weights, figures and maps."""
+    folder = tmp_path_factory.mktemp("report")
+    shared: dict[str, Any] = {"dataset": "digits", "epochs": 1, "control": False, "tracking": "none", "workspace": folder,
+                              "set": {"num_threads": 1, "precision": "fp32"}}  # fmt: skip
+    for labels in ("10pc", "30pc"):
+        for method in ("sc", "random_init", "pixels"):
+            harness.run(method=method, labels=labels, seeds="0-1", evaluators=["linear_probe"], **shared)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(workspace: Path) -> pd.DataFrame:
+    """Every row of that workspace."""
+    return harness.load_results(workspace)
