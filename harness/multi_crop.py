@@ -1,7 +1,7 @@
 """Multi-crop: two views of most of an image and several small ones of little parts of it.
 
 Caron, Misra, Mairal, Goyal, Bojanowski & Joulin, "Unsupervised learning of visual features by contrasting cluster
-assignments", NeurIPS 2020, section 3.3. Local views are smaller in pixels too, so that they cost little: 96 of 224 px
+assignments", NeurIPS 2020, section 3. Local views are smaller in pixels too, so that they cost little: 96 of 224 px
 there, the same share of the side here.
 """
 

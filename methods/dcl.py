@@ -30,7 +30,7 @@ def _scores(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, 
 
 
 def dcl_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Eq. 6 averaged over all 2N views: the log-sum over views of other images, minus the partner's score.
+    """The decoupled loss averaged over all 2N views: the log-sum over views of other images, minus the partner's score.
 
     first, second (N, D), row i of both from image i, N > 1 -> scalar, at least float32. It has no lower bound of 0.
     """

@@ -8,7 +8,8 @@ It needs an encoder of tokens and brings `vit_tiny` unless `--encoder` names ano
 step has the same shapes, target blocks are squares of one size (the paper draws their size and aspect ratio for each
 batch) and the context has a fixed number of patches: what four blocks leave if they do not overlap, drawn at random
 among what they really leave (the paper cuts a batch's contexts to the shortest). Blocks and patches are few on small
-images. The class token plays no part, as the paper's encoder has none (`cls` then reads an untrained one).
+images. The momentum rises along half a cosine, where the paper's rises on a straight line. The class token plays no
+part, as the paper's encoder has none (`cls` then reads an untrained one).
 """
 
 from __future__ import annotations
