@@ -2,7 +2,7 @@
 UV := $(shell command -v uv 2>/dev/null || echo .bootstrap/bin/uv)
 PYTHON ?= python3
 
-.PHONY: demo test lint clean-bootstrap
+.PHONY: demo test lint results clean-bootstrap
 
 demo: $(UV)
 	$(UV) run harness run --method sc --dataset digits
@@ -14,6 +14,11 @@ test: $(UV)
 lint: $(UV)
 	$(UV) run ruff check
 	$(UV) run mypy
+
+# results/README.md is made from the committed rows, never typed; a test fails when it is stale.
+results: $(UV)
+	$(UV) run harness report --markdown --rows results/studies > results/README.md.new
+	mv results/README.md.new results/README.md
 
 # A distribution-managed Python refuses plain installs, and some come without ensurepip: a private environment first,
 # a private folder next.

@@ -36,6 +36,7 @@ class Digits(Dataset):
     )
     default_encoder = "convnet_small"
     mirror_keeps_label = False
+    caution = "centred 8-pixel grey images, 500 of them for testing: nothing is claimed beyond this data set"
 
     def __init__(self, root: Path, image_size: int | None = None, argument: str | None = None) -> None:
         super().__init__(root, image_size, argument)

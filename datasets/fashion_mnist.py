@@ -35,6 +35,7 @@ class FashionMNIST(formats.IdxDataset):
     )
     default_encoder = "paper_mnist"
     mirror_keeps_label = True
+    caution = "centred 28-pixel grey images: nothing is claimed beyond this data set"
     classes = (
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     )  # fmt: skip

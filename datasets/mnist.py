@@ -33,6 +33,7 @@ class MNIST(formats.IdxDataset):
     )
     default_encoder = "paper_mnist"
     mirror_keeps_label = False
+    caution = "centred 28-pixel grey images: nothing is claimed beyond this data set"
     classes = tuple("0123456789")
     folders = ("MNIST/raw", "mnist", "MNIST", "")
     published = (

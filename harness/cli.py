@@ -18,6 +18,7 @@ import typer
 
 import harness
 from harness import registry
+from harness.verbs import compare, report
 from harness.verbs.options import (
     DataDir,
     Eval,
@@ -47,6 +48,8 @@ data_app = typer.Typer(
     no_args_is_help=True, help="Fetch, verify or describe a data set's files.", rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
+app.command()(report.report)
+app.command()(compare.compare)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it

@@ -167,6 +167,7 @@ class Dataset(ABC):
     default_encoder: ClassVar[str]
     pretrain_split: ClassVar[str] = "train"
     mirror_keeps_label: ClassVar[bool] = False
+    caution: ClassVar[str] = ""  # what a leaderboard on it has to say about its reach
     published: ClassVar[tuple[PublishedFile, ...]] = ()
     takes_argument: ClassVar[bool] = False  # `folder:PATH`: the part after the colon arrives as `argument`
 

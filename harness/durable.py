@@ -60,21 +60,22 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
 
 
-def _seal(value: dict[str, Any]) -> str:
+def seal(value: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object without its seal, in canonical form."""
     text = json.dumps({key: value[key] for key in value if key != "seal"}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object that ends with its own SHA-256 (`seal`)."""
-    write_json(path, {**value, "seal": _seal(json.loads(json.dumps(value)))})
+    write_json(path, {**value, "seal": seal(json.loads(json.dumps(value)))})
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """The object `write_sealed` wrote, without its seal; None when a byte of it was changed or lost."""
     try:
         value = json.loads(path.read_bytes())
-        if isinstance(value, dict) and value.pop("seal", None) == _seal(value):
+        if isinstance(value, dict) and value.pop("seal", None) == seal(value):
             return value
     except ValueError:  # UnicodeDecodeError included
         pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from harness import durable
-from harness.contracts import Row
+from harness.contracts import HarnessError, Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,22 +55,34 @@ def write(
 
 def read(path: Path) -> list[Row] | None:
     """The rows of one file; None when it is absent or was damaged (a rerun then makes it again)."""
-    try:
-        document = durable.read_sealed(path)
-    except FileNotFoundError:
-        return None
-    expected = (document or {}).get("predictions_sha256")
-    beside = path.with_suffix(".predictions.npz")
-    if expected is not None and (not beside.is_file() or durable.sha256_file(beside) != expected):
-        document = None
+    document = _document(path, needs_predictions=True)
     if document is None:
-        warnings.warn(f"{path} is damaged and ignored; rerun its command to make it again", stacklevel=2)
         return None
     try:
         return [Row(**row) for row in document["rows"]]
     except (KeyError, TypeError, ValidationError):
         warnings.warn(f"{path} holds rows of another format and is ignored", stacklevel=2)
         return None
+
+
+def _document(path: Path, needs_predictions: bool) -> dict[str, Any] | None:
+    """What a row file holds, if its seal is right and so are the predictions beside it; else None, with a warning.
+
+    needs_predictions: whether predictions that the file speaks of must be there
+    """
+    try:
+        document = durable.read_sealed(path)
+    except FileNotFoundError:
+        return None
+    expected = (document or {}).get("predictions_sha256")
+    if expected is not None:
+        beside = path.with_suffix(".predictions.npz")
+        there = beside.is_file()
+        if (not there and needs_predictions) or (there and durable.sha256_file(beside) != expected):
+            document = None
+    if document is None:
+        warnings.warn(f"{path} is damaged and ignored; rerun its command to make it again", stacklevel=3)
+    return document
 
 
 def read_all(workspace: Path) -> list[Row]:
@@ -89,4 +102,52 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def load_results(workspace: str | Path = ".") -> pd.DataFrame:
     """Every row under `workspace` as a DataFrame (empty, with all columns, when there are none)."""
-    return frame(read_all(Path(workspace)))
+    return _frame_of(sorted(runs_folder(Path(workspace)).glob("*/*.json")), needs_predictions=True)
+
+
+def load_rows(folder: str | Path) -> pd.DataFrame:
+    """Every row in the row files at or below `folder`, such as results/studies, as a DataFrame.
+
+    Row files that were published without the predictions they speak of are read as they are. Raises HarnessError when
+    there is no row file.
+    """
+    folder = Path(folder)
+    paths = sorted(p for p in folder.rglob("*.json") if _ROW_FILE.fullmatch(f"{p.parent.name}/{p.stem}"))
+    if not paths:
+        raise HarnessError(f"--rows {folder}: no row file there or below (PRETRAIN_ID/EVAL_ID.json)")
+    return _frame_of(paths, needs_predictions=False)
+
+
+_ROW_FILE = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}")
+_REQUIRED = {name for name, info in Row.model_fields.items() if info.is_required()}
+_OPTIONAL = {name: info.default for name, info in Row.model_fields.items() if not info.is_required()}
+
+
+def _frame_of(paths: Iterable[Path], needs_predictions: bool) -> pd.DataFrame:
+    """The rows of these files as columns. Row objects would take seconds and most of a gigabyte for 10,000 files; what
+    they check is what the seal vouches for, so of the format only the field names are looked at.
+    """
+    import pandas as pd
+
+    columns: dict[str, list[Any]] = {name: [] for name in Row.model_fields}
+    words: dict[str, str] = {}  # digests, names and configurations come in many rows: one copy of each
+    configs: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        document = _document(path, needs_predictions)
+        if document is None:
+            continue
+        rows = document.get("rows")
+        if not isinstance(rows, list) or not all(_has_the_fields(row) for row in rows):
+            warnings.warn(f"{path} holds rows of another format and is ignored", stacklevel=3)
+            continue
+        for row in rows:
+            row = {**_OPTIONAL, **row}
+            row["config"] = configs.setdefault(repr(row["config"]), row["config"])
+            for name, values in columns.items():
+                value = row[name]
+                values.append(words.setdefault(value, value) if type(value) is str else value)
+    return pd.DataFrame(columns)
+
+
+def _has_the_fields(row: Any) -> bool:
+    return isinstance(row, dict) and row.keys() >= _REQUIRED and row.keys() <= _REQUIRED | _OPTIONAL.keys()

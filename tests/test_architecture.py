@@ -14,7 +14,11 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 # Modules of the core from the top down; each may import those of lower tiers and of its own.
 TIERS: list[set[str]] = [
     {"cli"},
-    {"verbs", "verbs.options"},
+    {"verbs", "verbs.options", "verbs.report", "verbs.compare"},
+    {"report.assembly", "report.selection", "report.comparison"},
+    {"report.entries", "report.lines", "report.published"},
+    {"report.measurements", "report.text"},
+    {"report.boards"},
     {"report.summary", "report.warnings", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
     {"runner", "seeds"},
