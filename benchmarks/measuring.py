@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from harness.allocator import keep_freed_memory
+
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its ended children."""
@@ -79,14 +81,8 @@ class Bench:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print one table now (unless --json); it is in the JSON document as well."""
         self.tables.append({"title": title, "columns": list(columns), "rows": [list(row) for row in rows]})
-        if self.as_json:
-            return
-        cells = [list(columns)] + [[_shown(value) for value in row] for row in rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-        print(f"\n{title}")
-        for row in cells:
-            padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            print("  " + "  ".join(padded).rstrip(), flush=True)
+        if not self.as_json:
+            print(laid_out(title, columns, rows), flush=True)
 
     def finish(self) -> None:
         """Print the conditions, or the whole document with --json."""
@@ -100,7 +96,23 @@ class Bench:
             print(json.dumps({"benchmark": self.name, "conditions": conditions, "tables": self.tables,
                               "figures": self.figures}, indent=1))  # fmt: skip
         else:
-            print("\n" + "; ".join(f"{key} {value}" for key, value in conditions.items()))
+            print("\n" + conditions_line(conditions))
+
+
+def laid_out(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as text."""
+    cells = [list(columns)] + [[_shown(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [f"\n{title}"]
+    for row in cells:
+        padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def conditions_line(conditions: Mapping[str, Any]) -> str:
+    """What the figures were measured under, in one line."""
+    return "; ".join(f"{key} {value}" for key, value in conditions.items())
 
 
 def _shown(value: Any) -> str:
@@ -147,8 +159,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def options(name: str, doc: str, **extra: Mapping[str, Any]) -> tuple[argparse.Namespace, Bench]:
+def options(
+    name: str, doc: str, keep_memory: bool = True, **extra: Mapping[str, Any]
+) -> tuple[argparse.Namespace, Bench]:
     """Parse the flags every benchmark has and its own ones (`flag={...add_argument's words...}`).
+
+    keep_memory: keep freed memory in the process as a run on a CPU does; peers timed beside it have the use of it too
 
     --core N pins this process and what it starts to one core with one thread and counts CPU seconds; -1, or a device
     other than the CPU, leaves it alone and counts wall seconds. Threads: --threads, only with --core -1.
@@ -165,6 +181,8 @@ def options(name: str, doc: str, **extra: Mapping[str, Any]) -> tuple[argparse.N
         parser.add_argument(f"--{flag.replace('_', '-')}", **words)
     chosen = parser.parse_args()
     device = torch.device(chosen.device)
+    if keep_memory and device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     pinned = chosen.core >= 0 and device.type == "cpu"

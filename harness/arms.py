@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from harness import __version__, durable, encoders, fingerprint, registry, stacked, weights
 from harness.augment import hash_seeds, stream_key
+from harness.batches import Batches, MixedBatches, num_labelled
 from harness.budgets import make_budgets
 from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, build, dotted, resolve
 from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
@@ -19,6 +20,25 @@ from harness.evaluation import Material, describe_budget, sample_indices
 from harness.images import digest_split
 from harness.mapped import join, select
 from harness.step import resolve_mode
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A finished pretraining that is measured on another data set: nothing of it is done again.
+
+    dataset: the name of what it was pretrained on; info: the facts of that data as they were then
+    pretrain_data: its splits, as rows of a transfer carry them (`mnist:train`)
+    identity: as stored with its weights; verified: whether every file behind it was the published one
+    default_encoder: of that data set: the network of arms that were asked for no other, also on the new data
+    """
+
+    dataset: str
+    info: DatasetInfo
+    pretrain_data: str
+    pretrain_id: str
+    identity: dict[str, Any]
+    verified: bool
+    default_encoder: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class Request:
     weights: Path | None = None
     pinned: dict[str, Any] | None = None  # the resolved settings of a run that is evaluated again
     stacked: tuple[int, ...] | None = None  # seeds that are trained together, where that can be
+    origin: Origin | None = None  # of the method's weights, where they were pretrained on another data set
     checkpoint_seconds: float = 10.0
 
 
@@ -51,6 +72,7 @@ class Arm:
 
     role: `method`, `null control`, `control` or `floor`
     labelled: for a supervised method, the positions in `train` it may see
+    origin: where its weights are from, when that is another data set than it is measured on
     """
 
     method: str
@@ -64,6 +86,7 @@ class Arm:
     encoder: str
     steps: int
     batch_size: int
+    origin: Origin | None = None
 
     @property
     def plugin(self) -> type[Method]:
@@ -89,6 +112,11 @@ class Plan:
     budgets: tuple[LabelBudget, ...]
     arms: list[Arm]
     seed: int
+
+    @property
+    def dataset_name(self) -> str:
+        """What everything is measured on, as rows carry it."""
+        return shown_name(self.request.dataset)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -160,11 +188,21 @@ def _pretrain_images(dataset: Any, info: DatasetInfo, config: DataConfig, seed: 
     return images.contiguous(memory_format=torch.channels_last)
 
 
+def own_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Callable[[], Encoder] | None:
+    """What makes the encoder that the method brings; None where the asked-for one is used: it brings none, or one of
+    the same kind is asked for (another size)."""
+    plugin = registry.load_method(method)
+    own = plugin.own_encoder(info)
+    if own is None or (own.name != config.encoder.name and encoders.same_kind(own.name, config.encoder.name)):
+        return None
+    return lambda: plugin.own_encoder(info) or own
+
+
 def build_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Encoder:
     """The arm's freshly initialised encoder: the same seed gives every method the same one."""
-    plugin = registry.load_method(method)
+    own = own_encoder(method, config, info)
     torch.manual_seed(_init_seed(config.seed, "encoder"))
-    encoder = plugin.own_encoder(info) or encoders.build(config.encoder, info)
+    encoder = own() if own else encoders.build(config.encoder, info)
     encoder.activation_checkpointing = config.activation_checkpointing
     return encoder
 
@@ -193,7 +231,10 @@ def make_plan(request: Request, fetch: bool = False, beside: Plan | None = None)
         raise HarnessError(f"--eval names no evaluator; known: {', '.join(registry.names('evaluator'))}")
     evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or DEFAULT_EVALUATORS)
     _refuse_path_separators(request)
-    probe = _resolve(request, request.method, plugin.default_encoder, evaluators)
+    # of an encoder from elsewhere the settings say what it was pretrained on; here those of the controls count
+    here = request if request.origin is None else replace(request, pinned=None)
+    default_encoder = plugin.default_encoder if request.origin is None else request.origin.default_encoder
+    probe = _resolve(here, request.method, default_encoder, evaluators)
     if beside is not None:
         dataset, fetch = beside.material.dataset, False
     else:
@@ -231,7 +272,7 @@ def make_plan(request: Request, fetch: bool = False, beside: Plan | None = None)
                 raise HarnessError(
                     f"data set '{info.name}' has no labels, so --eval {name} cannot run; use --eval representation"
                 )
-    arms = list(_arms(request, method, info, device, evaluators, budgets, material, plugin.default_encoder))
+    arms = list(_arms(request, method, info, device, evaluators, budgets, material, default_encoder))
     return Plan(request, device, material, budgets, arms, probe.seed)
 
 
@@ -246,7 +287,8 @@ def _resolve(request: Request, method: str, default_encoder: str, evaluators: Se
         evaluations = {k: v for k, v in request.layers.overrides.items() if k.startswith("eval.")}
         for recipe in request.layers.recipes:
             evaluations = {**{k: v for k, v in recipe.run.items() if k.startswith("eval.")}, **evaluations}
-        return build(method, shown_name(request.dataset), {**request.pinned, **evaluations}, evaluators)
+        dataset = shown_name(request.dataset) if request.origin is None else request.origin.dataset
+        return build(method, dataset, {**request.pinned, **evaluations}, evaluators)
     return resolve(method, shown_name(request.dataset), request.layers, default_encoder=default_encoder,
                    method_settings_of=request.method, evaluators=evaluators)  # fmt: skip
 
@@ -263,7 +305,7 @@ def _arms(
 ) -> Iterator[Arm]:
     wanted: list[tuple[str, str]] = [(request.method, "method" if method.role in (None, "outside") else method.role)]
     if request.control:
-        if method.null_control:
+        if method.null_control and request.origin is None:
             wanted.append((method.null_control, "null control"))
         wanted += [(name, "control") for name in registry.methods_with_role("control")]
         wanted += [(name, "floor") for name in registry.methods_with_role("floor")]
@@ -273,16 +315,24 @@ def _arms(
         if name in done or (role in ("control", "floor") and plugin.supervised and not budgets):
             continue
         done.add(name)
-        if plugin.supervised and not budgets:
+        origin = request.origin if name == request.method else None
+        if plugin.supervised and not budgets and origin is None:
             raise HarnessError(f"method '{name}' learns from labels and data set '{info.name}' has none")
-        mine = tuple(plugin.evaluators) if plugin.evaluators is not None else evaluators
+        mine = _evaluators_of(plugin, evaluators)
         if plugin.evaluators is not None and not budgets:
             mine = tuple(e for e in mine if not registry.load_evaluator(e).needs_labels)
         config = _resolve(request, name, default_encoder, tuple(dict.fromkeys((*evaluators, *mine))))
-        checked = build_method(name, config, info)  # refuses here what does not fit
+        checked = build_method(name, config, info if origin is None else origin.info)  # refuses here what does not fit
+        config = _as_built(config, checked.encoder, _asked_encoder(request, name))
         mine = tuple(e for e in mine if _can_run(registry.load_evaluator(e), checked.encoder))
         for evaluator in mine:
             registry.load_evaluator(evaluator)(config.eval[evaluator]).check(checked.encoder)
+        if origin is not None:
+            encoder = checked.encoder.name
+            yield Arm(
+                name, role, config, origin.identity, origin.pretrain_id, mine, budgets, None, encoder, 0, 0, origin
+            )
+            continue
         if plugin.role == "outside" and request.weights is not None:
             weights.adopt(checked.encoder, weights.read_weights(request.weights), request.weights)
         for group in [budgets] if not plugin.supervised else [(b,) for b in budgets]:
@@ -291,12 +341,42 @@ def _arms(
             yield in_group(arm, request.stacked) if together else arm
 
 
+def _asked_encoder(request: Request, method: str) -> str | None:
+    """The encoder named for this very method by a flag or --set; a recipe's is meant for whoever can use it."""
+    if method != request.method or request.pinned is not None:
+        return None
+    asked: str | None = (request.layers.flags | request.layers.overrides).get("encoder.name")
+    return asked
+
+
+def _as_built(config: RunConfig, encoder: Encoder, asked: str | None) -> RunConfig:
+    """The settings with the name of the network that is really trained. Raises HarnessError where that is not `asked`."""
+    if encoder.name == config.encoder.name or encoder.name not in encoders.names():
+        return config
+    if asked is not None:
+        kind = ", ".join(name for name in encoders.names() if encoders.same_kind(name, encoder.name)) or encoder.name
+        raise HarnessError(
+            f"--encoder {asked}: method '{config.method_name}' needs one of {kind}; name one of these, or leave it out"
+        )
+    return config.model_copy(update={"encoder": encoders.EncoderConfig(name=encoder.name)})
+
+
 def in_group(arm: Arm, seeds: Sequence[int] | None) -> Arm:
     """The arm as one that is trained together with others, all of `seeds`; None: by itself. Its identity says so."""
     identity = {key: value for key, value in arm.identity.items() if key != "stacked"}
     if seeds is not None:
         identity["stacked"] = list(seeds)
     return replace(arm, identity=identity, pretrain_id=fingerprint.short_id(identity))
+
+
+def _evaluators_of(method: type[Method], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """What an arm is measured by. One that names its own evaluators (a floor) takes of those asked for only what
+    questions the same model: an evaluator built on one of its own, as `robustness` is on the linear probe."""
+    if method.evaluators is None:
+        return asked
+    own = [registry.load_evaluator(name) for name in method.evaluators]
+    more = [name for name in asked if any(issubclass(registry.load_evaluator(name), evaluator) for evaluator in own)]
+    return tuple(dict.fromkeys((*method.evaluators, *more)))
 
 
 def _can_run(evaluator: type[Evaluator], encoder: Encoder) -> bool:
@@ -327,9 +407,11 @@ def _arm(
         raise HarnessError(
             f"batch_size {config.batch_size} is larger than the {count:,} pretraining images; lower it with --set batch_size=N"
         )
-    batch = min(config.batch_size, len(labelled)) if labelled is not None else config.batch_size
-    if labelled is not None:  # a small budget makes small batches
-        config = config.model_copy(update={"accumulate": min(config.accumulate, max(1, batch // 2))})
+    batch = config.batch_size
+    if labelled is not None:  # a small budget makes small batches, or puts few labelled images in each
+        shown = num_labelled(batch, len(labelled)) if plugin.sees_unlabelled else min(batch, len(labelled))
+        batch = batch if plugin.sees_unlabelled else shown
+        config = config.model_copy(update={"accumulate": min(config.accumulate, max(1, shown // 2))})
     if plugin.trains and batch // config.accumulate < 2 <= batch:
         raise HarnessError(
             f"accumulate {config.accumulate}: fewer than two images of a batch of {config.batch_size} are left in a part; "
@@ -356,6 +438,20 @@ def _arm(
         steps,
         batch,
     )
+
+
+def training_batches(arm: Arm, material: Material, device: torch.device) -> Batches:
+    """What the arm is trained on: the pretraining images, for a supervised method the labelled ones, or both."""
+    images = material.placed_images(device)
+    size, seed = arm.batch_size, arm.config.seed
+    if arm.labelled is None:
+        return Batches(images, None, batch_size=size, seed=seed, device=device)
+    train = material.split("train")
+    assert train.labels is not None
+    labelled, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
+    if arm.plugin.sees_unlabelled:
+        return MixedBatches(images, labelled, labels, batch_size=size, seed=seed, device=device)
+    return Batches(labelled, labels, batch_size=size, seed=seed, device=device)
 
 
 def _compile_mode(plugin: type[Method], name: str, device: torch.device, steps: int) -> str:
@@ -387,7 +483,7 @@ def _identity(
     """Every setting that can change the weights. What trains nothing does not depend on how it would be trained."""
     settings = dotted(config)
     shared: tuple[str, ...] = ("seed", "data.", "method.", "num_threads")
-    if plugin.own_encoder(info) is None:
+    if own_encoder(name, config, info) is None:
         shared += ("encoder.",)
     if plugin.trains:
         shared += ("epochs", "batch_size", "precision", "compile", "accumulate", "activation_checkpointing")
@@ -405,6 +501,19 @@ def _identity(
         "deterministic": request.deterministic and device.type == "cuda",
         "numbers_version": fingerprint.NUMBERS_VERSION,
     }
+
+
+def pretext_id(pretrain_id: str) -> str:
+    """The eval_id of what a pretraining says of itself: its pretext task, or that its loss was not finite."""
+    return fingerprint.short_id({"pretext": pretrain_id})
+
+
+def failure_id(pretrain_id: str, elsewhere: str | None = None) -> str:
+    """The eval_id of the status row that an arm leaves which failed; it goes when the arm is finished after all.
+
+    elsewhere: the data set, where the arm was to be measured on another one than it was pretrained on
+    """
+    return fingerprint.short_id({"failure": pretrain_id} | ({} if elsewhere is None else {"on": elsewhere}))
 
 
 def cells(arm: Arm, plan: Plan) -> list[Cell]:
@@ -430,6 +539,8 @@ def _eval_id(arm: Arm, plan: Plan, plugin: type[Evaluator], budget: LabelBudget 
         "numbers_version": fingerprint.NUMBERS_VERSION,
         **describe_budget(budget),
     }
+    if arm.origin is not None:
+        parts["transfer"] = {name: digest for name, digest in plan.material.digests.items() if name != "test"}
     return fingerprint.short_id(parts)
 
 

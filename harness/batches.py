@@ -142,6 +142,51 @@ class Batches:
         return Batch(images, labels, indices, hash_seeds(self.seed, epoch, indices))
 
 
+class MixedBatches(Batches):
+    """Batches of unlabelled images with some labelled ones spread evenly among them.
+
+    images: (N, C, H, W) uint8, without labels; labelled: (n, C, H, W) with labels (n,) int64; batch_size: at least 2,
+        `num_labelled(batch_size, n)` of them labelled
+    Labels of the unlabelled are -1; the labelled have the indices N to N + n - 1, so that no two images share a seed.
+    Each kind has its own order: an epoch is a pass over the unlabelled, and the labelled come round as often as they
+    must. All else (`len`, `batches`, `embed`) speaks of the unlabelled.
+    """
+
+    def __init__(
+        self, images: Tensor, labelled: Tensor, labels: Tensor, *, batch_size: int, seed: int, device: torch.device
+    ) -> None:
+        count = num_labelled(batch_size, len(labelled))
+        super().__init__(images, None, batch_size=batch_size - count, seed=seed, device=device)
+        self.labelled = Batches(labelled, labels, batch_size=count, seed=seed, device=device)
+        self._no_labels = torch.full((batch_size - count,), -1, device=device)
+        # Spread, so that every part of a batch that is taken in parts (`accumulate`) has labelled images.
+        chosen = torch.zeros(batch_size, dtype=torch.bool)
+        chosen[torch.arange(count) * batch_size // count] = True
+        before = chosen.cumsum(0)  # labelled images up to here, this one included
+        places = torch.where(chosen, batch_size - count + before - 1, torch.arange(batch_size) - before)
+        self._places = places.to(device)
+
+    def at(self, step: int) -> Batch:
+        one, other = super().at(step), self.labelled.at(step)
+        assert other.labels is not None
+        indices = other.indices + len(self)
+        seeds = hash_seeds(self.seed, step // self.labelled.steps_per_epoch, indices)
+        pairs = (
+            (one.images, other.images), (self._no_labels, other.labels), (one.indices, indices), (one.seeds, seeds)
+        )  # fmt: skip
+        images, *rest = (torch.cat(pair).index_select(0, self._places) for pair in pairs)
+        return Batch(images.contiguous(memory_format=torch.channels_last), *rest)
+
+    def close(self) -> None:
+        super().close()
+        self.labelled.close()
+
+
+def num_labelled(batch_size: int, available: int) -> int:
+    """Labelled images in a mixed batch: half of it, or all there are, so that none is in a batch twice."""
+    return min(batch_size // 2, available)
+
+
 def _from(step: int) -> Iterator[int]:
     while True:
         yield step

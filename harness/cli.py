@@ -18,7 +18,9 @@ import typer
 
 import harness
 from harness import registry
+from harness.verbs import bench as bench_verbs
 from harness.verbs import compare, report
+from harness.verbs import reproduce as reproduce_verbs
 from harness.verbs.options import (
     DataDir,
     Eval,
@@ -29,6 +31,7 @@ from harness.verbs.options import (
     RunWord,
     Set,
     Tracking,
+    Transfer,
     Workspace,
     add_plugins,
     complete,
@@ -50,6 +53,8 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(report.report)
 app.command()(compare.compare)
+bench_verbs.register(app)
+reproduce_verbs.register(app)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it
@@ -89,6 +94,7 @@ def run(
     seed: Annotated[
         int | None, typer.Option("--seed", help="Fixes initialisation, order, views and label subset.")
     ] = None,
+    transfer: Transfer = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Several seeds in one command: 0-4 or 3,5,7-9, ends included.")
     ] = None,
@@ -142,7 +148,7 @@ def run(
         evaluators=words(evaluators), device=device, deterministic=deterministic, offline=offline,
         control=not no_control, tracking=tracking, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
-    _carry_out(request, dry_run, as_json, seeds)
+    _carry_out(request, dry_run, as_json, seeds, words(transfer) or ())
 
 
 @app.command()
@@ -154,7 +160,10 @@ def evaluate(
         Path | None, typer.Option("--weights", help="State dict of an outside encoder (.safetensors or .pt).")
     ] = None,
     encoder: Annotated[str | None, typer.Option("--encoder", help="What the outside weights are for.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="What to evaluate outside weights on.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="What to measure on (default for a RUN: what it was pretrained on)."),
+    ] = None,
     labels: Labels = "all",
     label_seed: LabelSeed = None,
     evaluators: Eval = None,
@@ -192,12 +201,15 @@ def _needed(flag: str, value: str | None, recipes: list[Any], key: str) -> str:
     return value
 
 
-def _carry_out(request: Request, dry_run: bool, as_json: bool, seeds: str | None = None) -> None:
-    from harness import runner
+def _carry_out(
+    request: Request, dry_run: bool, as_json: bool, seeds: str | None = None, elsewhere: tuple[str, ...] = ()
+) -> None:
+    from harness import runner, transfer
     from harness import seeds as many
     from harness.arms import make_plan
     from harness.console import TerminalReporter
 
+    transfer.check(request, elsewhere, fetch=not dry_run)
     requests = [] if seeds is None else many.with_seeds(request, seeds)
     if dry_run:
         _print_plan([*many.make_plans(requests)] if requests else [make_plan(request)], as_json)
@@ -205,15 +217,17 @@ def _carry_out(request: Request, dry_run: bool, as_json: bool, seeds: str | None
     plan = None if requests else make_plan(request, fetch=True)
     with TerminalReporter() as reporter:
         outcome = many.execute(requests, reporter) if requests else runner.execute(request, reporter, plan)
+        outcomes = [outcome, *runner.execute_elsewhere(outcome, elsewhere, reporter)]
     if as_json:
-        typer.echo(json.dumps({"rows": [row.model_dump(mode="json") for row in outcome.rows]}))
-    else:
-        _print_outcome(outcome)
-    for problem in outcome.problems:
-        typer.echo(f"harness: {problem}", err=True)
-    if outcome.owed:
-        typer.echo(f"harness: {outcome.owed.line}", err=True)
-    if outcome.problems:
+        typer.echo(json.dumps({"rows": [row.model_dump(mode="json") for one in outcomes for row in one.rows]}))
+    for one in outcomes:
+        if not as_json:
+            _print_outcome(one)
+        for problem in one.problems:
+            typer.echo(f"harness: {problem}", err=True)
+    if outcomes[-1].owed:
+        typer.echo(f"harness: {outcomes[-1].owed.line}", err=True)
+    if any(one.problems for one in outcomes):
         raise typer.Exit(1)
 
 
@@ -244,13 +258,16 @@ def _print_outcome(outcome: Outcome) -> None:
     from harness.report.summary import over_seeds, summarise
 
     plan, request = outcome.plan, outcome.plan.request
+    dataset = plan.dataset_name
+    if (origin := plan.arms[0].origin) is not None:
+        dataset = f"{dataset}, {request.method} pretrained on {origin.pretrain_data}"
     print_pretext(row for row in outcome.rows if row.method == plan.arms[0].method)
     if outcome.seeds:
         for spread in over_seeds(outcome.rows):
-            print_seeds(spread, plan.arms[0].config.dataset_name, request.method)
+            print_seeds(spread, dataset, request.method)
     else:
         for summary in summarise(outcome.rows):
-            print_summary(summary, plan.arms[0].config.dataset_name, request.method, plan.seed)
+            print_summary(summary, dataset, request.method, plan.seed)
     out = console()
     if any(row.collapsed for row in outcome.rows):
         out.print(
@@ -322,7 +339,7 @@ def profile_(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes or runs.")],
+    what: Annotated[str, typer.Argument(help="methods, datasets, encoders, evaluators, recipes, grids or runs.")],
     workspace: Workspace = Path("."),
     plugins: Plugins = None,
     as_json: Json = False,
@@ -336,8 +353,8 @@ def list_(
     if as_json:
         typer.echo(json.dumps({what: records}))
     elif records:
-        columns = list(records[0])
-        print_table(columns, [[record[c] for c in columns] for record in records])
+        columns = [column for column in records[0] if column not in listing.JSON_ONLY[what]]
+        print_table(columns, [[record[c] for c in columns] for record in records], grouped=what == "methods")
     else:
         typer.echo(f"no {what} yet")
 

@@ -99,39 +99,52 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_names() -> tuple[str, ...]:
     """The shipped recipes."""
-    return tuple(sorted(f.name[:-5] for f in files("harness.recipes").iterdir() if f.name.endswith(".toml")))
+    return shipped_names("harness.recipes")
+
+
+def shipped_names(package: str) -> tuple[str, ...]:
+    """The TOML files that lie in a package, without their ending."""
+    return tuple(sorted(f.name[:-5] for f in files(package).iterdir() if f.name.endswith(".toml")))
 
 
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or a file by its path (it ends in .toml). Raises HarnessError for anything else."""
-    if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise HarnessError(f"recipe file '{name}' does not exist")
-        text = path.read_text(encoding="utf-8", errors="replace")
-    elif name in recipe_names():
-        text = files("harness.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    else:
-        raise HarnessError(
-            f"unknown recipe '{name}'; {registry.near(name, recipe_names())} (or a path ending in .toml)"
-        )
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise HarnessError(f"recipe '{name}' is not valid TOML: {error}") from None
+    document = load_document("recipe", name, "harness.recipes")
     unknown = set(document) - {"run", "method"}
     if unknown:
         raise HarnessError(f"recipe '{name}': unknown table [{sorted(unknown)[0]}]; known: [run], [method.<name>]")
+    return make_recipe("recipe", name, document)
+
+
+def load_document(kind: str, name: str, package: str) -> dict[str, Any]:
+    """The TOML document `name` of a package of shipped files, or of a path that ends in .toml."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise HarnessError(f"{kind} file '{name}' does not exist")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif name in (known := shipped_names(package)):
+        text = files(package).joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise HarnessError(f"unknown {kind} '{name}'; {registry.near(name, known)} (or a path ending in .toml)")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise HarnessError(f"{kind} '{name}' is not valid TOML: {error}") from None
+
+
+def make_recipe(kind: str, name: str, document: Mapping[str, Any]) -> Recipe:
+    """The `[run]` and `[method.<name>]` tables of a document."""
     methods = document.get("method", {})
     if not isinstance(methods, dict) or not all(isinstance(table, dict) for table in methods.values()):
-        raise HarnessError(f"recipe '{name}': settings of a method belong under [method.<name>]")
+        raise HarnessError(f"{kind} '{name}': settings of a method belong under [method.<name>]")
     for method in methods:
         if method not in registry.names("method"):
-            raise HarnessError(f"recipe '{name}': [method.{method}]: {registry.near(method, registry.names('method'))}")
+            raise HarnessError(f"{kind} '{name}': [method.{method}]: {registry.near(method, registry.names('method'))}")
     run = flatten(document.get("run", {}))
     for key in ("method", "dataset"):
         if not isinstance(run.get(key, ""), str):
-            raise HarnessError(f"recipe '{name}': {key} must be a name, not {run[key]!r}")
+            raise HarnessError(f"{kind} '{name}': {key} must be a name, not {run[key]!r}")
     return Recipe(name, run, {m: flatten(t) for m, t in methods.items()})
 
 

@@ -79,14 +79,19 @@ class TerminalReporter:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", numeric: Iterable[str] = ()
-) -> None:
-    """A table on stdout; every cell is shown as text, never read as markup."""
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", numeric: Iterable[str] = (),
+    grouped: bool = False,
+) -> None:  # fmt: skip
+    """A table on stdout; every cell is shown as text, never read as markup. grouped: a rule where the first column changes."""
     table = Table(title=escape(title) or None, title_justify="left", header_style="bold")
     right = set(numeric)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
+    before: Any = None
+    for number, row in enumerate(rows):
+        if grouped and number and row[0] != before:
+            table.add_section()
+        before = row[0]
         table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     console().print(table)
 

@@ -74,8 +74,10 @@ class Batch:
     """What a method sees at one step; everything on the training device.
 
     images: (B, C, H, W) uint8, channels_last in memory
-    labels: (B,) int64, or None: only a method that declares `supervised` ever gets them
-    indices: (B,) int64 positions in the pretraining data
+    labels: (B,) int64, or None: only a method that declares `supervised` ever gets them; -1 marks an unlabelled image of
+        one that `sees_unlabelled` as well
+    indices: (B,) int64 positions in the pretraining data; a supervised method's among its labelled images, which follow
+        the pretraining data for one that `sees_unlabelled` as well
     seeds: (B,) int64 = hash(seed, epoch, index): the only source of randomness (see augment.uniform)
     """
 
@@ -254,6 +256,11 @@ class Encoder(nn.Module, ABC):
         """The maps after several named layers; encoders that can make them in one pass override this."""
         return tuple(self.forward_to(images, layer) for layer in layers)
 
+    def forward_apart(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The maps after all of `layers`, with no gradient from one stage into the one before; the values are those of
+        `forward_layers`. Raises HarnessError where the network cannot be taken apart."""
+        raise HarnessError(f"encoder {self.name} cannot be taken apart into stages; use one of `harness list encoders`")
+
     @property
     @abstractmethod
     def layers(self) -> tuple[str, ...]:
@@ -299,20 +306,24 @@ class Method(nn.Module, ABC):
     role: None for a method; "control" or "floor" for what every run is measured beside; "outside" for the one that
         stands for weights made elsewhere
     trains: False when there is nothing to optimise (`loss` is never called)
-    views_per_image: encoder inputs made of one image (for `views_seen`)
+    views_per_image: encoder inputs made of one image, by default settings; where some of them change it, its Config has
+        a property of this name (see `num_views`)
     supervised: True when it is shown labels; then the labelled indices enter its identity
+    sees_unlabelled: True when a supervised method learns from the pretraining images as well as from the labelled ones
     graphable: False (with `why_not_graphable`) when a step cannot be captured in a CUDA graph
     tier: "ranked" is carried through every comparison; "ported" runs and is tested, but nobody has run it properly yet
     family, year, idea (one line), source: what lists and tables say of it
     defaults: shared settings this method changes, by dotted key ({"optim.name": "adamw"})
     null_control: name of the registered method that is this one with its information removed
     evaluators: names to run whatever was asked for; None: those asked for
+    view_corruptions: corruptions of evaluator `robustness` that its views contain and no setting of it tells
     """
 
     role: ClassVar[Literal["control", "floor", "outside"] | None] = None
     trains: ClassVar[bool] = True
     views_per_image: ClassVar[int] = 1
     supervised: ClassVar[bool] = False
+    sees_unlabelled: ClassVar[bool] = False
     graphable: ClassVar[bool] = True
     why_not_graphable: ClassVar[str] = ""
     tier: ClassVar[Literal["ranked", "ported"]] = "ported"
@@ -323,6 +334,7 @@ class Method(nn.Module, ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     null_control: ClassVar[str | None] = None
     evaluators: ClassVar[tuple[str, ...] | None] = None
+    view_corruptions: ClassVar[tuple[str, ...]] = ()
 
     class Config(Config):
         """No hyperparameters; a method with some overrides this class."""
@@ -335,12 +347,21 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def own_encoder(cls, info: DatasetInfo) -> Encoder | None:
-        """The encoder of a method that cannot use the asked-for one (pixels, HOG), else None."""
+        """The encoder of a method that cannot use the data set's default one, else None.
+
+        One of `harness list encoders` (vit_tiny) gives way to another of its kind that is asked for by name; any other
+        (pixels, HOG) is no network, and `--encoder` speaks of the controls only.
+        """
         return None
 
     @abstractmethod
     def loss(self, batch: Batch, step: Tensor) -> dict[str, Tensor]:
         """Return {"loss": scalar to minimise, ...scalar monitors}; `step` is a 0-d int64 device tensor."""
+
+    @property
+    def num_views(self) -> int:
+        """Encoder inputs made of one image by this very instance: settings may add to `views_per_image`."""
+        return int(getattr(self.config, "views_per_image", self.views_per_image))
 
     def after_step(self, progress: Tensor) -> None:
         """Update what is not optimised (momentum teachers, queues); `progress` is a 0-d tensor in [0, 1]."""
@@ -354,6 +375,12 @@ class Method(nn.Module, ABC):
 
     def on_epoch_start(self, data: PretrainingData, epoch: int) -> None:
         """A pass over the data before each epoch (clusters)."""
+
+    def after_training(self, data: PretrainingData) -> None:
+        """A pass over the data after the last step: what the encoder is then is kept and measured.
+
+        A killed command repeats it from the trained weights, so it may depend on nothing but them and `data`.
+        """
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """What the method really sees of `batch`, for the figures: {"view 1": (B, C, H, W) floats in [0, 1], ...}."""
@@ -448,12 +475,15 @@ class EvaluationTask(Protocol):
     """What an evaluator works on. The encoder is a private copy; the test split is opened on first `test` access only.
 
     encoder: on `device`, in eval mode; trainer: the one training loop; has_test: whether `test` can be asked for
+    method_settings: of the method that made the encoder, by dotted name; view_corruptions: what it declares
     """
 
     encoder: Encoder
     info: DatasetInfo
     seed: int
     device: torch.device
+    method_settings: Mapping[str, Any]
+    view_corruptions: tuple[str, ...]
 
     @property
     def trainer(self) -> Trainer: ...
@@ -560,6 +590,11 @@ class Row(BaseModel):
     images_per_second: float | None
     share_of_floor: float | None = None  # rows from before it was measured stay readable
     peak_memory_bytes: int | None
+
+    @property
+    def transferred(self) -> bool:
+        """Whether the encoder was pretrained on another data set; `pretrain_data` then names it (`mnist:train`)."""
+        return ":" in self.pretrain_data
 
 
 __all__ = [

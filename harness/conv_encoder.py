@@ -115,6 +115,14 @@ class ConvEncoder(Encoder):
                 maps[name] = feature_map
         return tuple(maps[layer] for layer in layers)
 
+    def forward_apart(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps: list[Tensor] = []
+        feature_map = self.normalise(images)
+        for stage in self.stages().values():
+            feature_map = self._run(stage, feature_map.detach())
+            maps.append(feature_map)
+        return tuple(maps)
+
     def pool(self, feature_map: Tensor) -> Tensor:
         return feature_map.mean((2, 3))
 

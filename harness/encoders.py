@@ -208,6 +208,7 @@ _ABOUT = {
     "resnet18": "torchvision's ResNet-18",
     "resnet50": "torchvision's ResNet-50",
     "vit_tiny": "small Vision Transformer, 128 wide, 6 blocks, 49 to 144 tokens at 28 to 96 px",
+    "vit_small": "Vision Transformer, 384 wide, 12 blocks (Touvron et al. 2021, DeiT-S), for a GPU",
     "torchvision:NAME": "any classification net of torchvision that ends in a map",
     "timm:NAME": "any net of timm that ends in a map (needs the extra `timm`)",
 }
@@ -221,6 +222,11 @@ def about(name: str) -> str:
 def names() -> tuple[str, ...]:
     """Encoders that need no prefix; besides these there are `torchvision:NAME` and `timm:NAME`."""
     return OWN_NAMES
+
+
+def same_kind(name: str, other: str) -> bool:
+    """Whether both are sizes of one architecture, the ViT: what trains one of them can train the other."""
+    return name in SIZES and other in SIZES
 
 
 def build(config: EncoderConfig | str, info: DatasetInfo) -> Encoder:

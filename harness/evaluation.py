@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +131,8 @@ class Task:
     checkpoint_seconds: float
     mode: Mode = "off"
     note: Callable[[str], None] = lambda _: None
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    view_corruptions: tuple[str, ...] = ()
     trains_encoder: bool = True  # as the evaluator declares
     test_labels_read: bool = field(default=False, init=False)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness import arms, checkpoint, durable, encoders, fingerprint, records, registry, runs
+from harness import arms, checkpoint, durable, encoders, fingerprint, records, runs
 from harness.budgets import make_budgets
 from harness.contracts import DatasetInfo, Encoder, HarnessError, LabelBudget, Row, Split
 from harness.embed import home_device
@@ -79,9 +79,10 @@ def export(run: runs.Run, out: Path, data_dir: Path | None = None, torchvision: 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HarnessError(f"{shown(out)} is not an empty folder; nothing is overwritten, give another name")
-    if registry.load_method(run.facts["method"]).own_encoder(run.info) is not None:
-        raise HarnessError(f"run {run.pretrain_id} is {run.facts['method']}, which has no network to export")
+    own = arms.own_encoder(run.facts["method"], run.config, run.info)
     encoder = run.encoder()
+    if own and encoder.name not in encoders.names():
+        raise HarnessError(f"run {run.pretrain_id} is {run.facts['method']}, which has no network to export")
     file, state, reason = None, None, ""
     try:
         file, state = _for_torchvision(run, encoder, data_dir)
@@ -109,8 +110,9 @@ def _write(
     run: runs.Run, encoder: Encoder, out: Path, file: TorchvisionFile | None, state: dict[str, Tensor] | None
 ) -> str:
     """Put the files into `out`, encoder.json last; returns weights_sha256."""
+    named = run.config.encoder if run.config.encoder.name == encoder.name else encoders.EncoderConfig(name=encoder.name)
     facts: dict[str, Any] = {
-        "encoder": run.config.encoder.model_dump(), "readouts": list(encoder.readouts),
+        "encoder": named.model_dump(), "readouts": list(encoder.readouts),
         "map_shape": list(encoder.map_shape), "mean": encoder.mean.flatten().tolist(),
         "std": encoder.std.flatten().tolist(), "image_size": list(run.info.image_size), "channels": run.info.channels,
         "input": INPUT, "data": asdict(run.info), "pretrain_id": run.pretrain_id, "method": run.facts["method"],
@@ -186,7 +188,8 @@ def _probe_rows(run: runs.Run) -> tuple[list[Row], float]:
     """The `gap` rows of the linear probe that was evaluated last (of several folds: the first), and its strength."""
     found = []
     for path in sorted((records.runs_folder(run.workspace) / run.pretrain_id).glob("*.json")):
-        rows = [row for row in records.read(path) or [] if (row.evaluator, row.readout) == ("linear_probe", "gap")]
+        rows = [row for row in records.read(path) or []
+                if (row.evaluator, row.readout) == ("linear_probe", "gap") and not row.transferred]  # fmt: skip
         chosen = (durable.read_sealed(path) or {}).get("chosen", {}).get("gap.strength")
         if rows and chosen is not None:
             found.append((rows, float(chosen)))

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from harness import feature_maps
 from harness.contracts import HarnessError
+from harness.feature_maps import Plane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,34 +194,29 @@ def feature_map_2d(
     classes: Sequence[str] | None = None,
     title: str = "Features",
     max_points: int = 1000,
+    plane: Plane | None = None,
     image_format: ImageFormat = "png",
 ) -> bytes:
     """Draw features in two dimensions: the first principal components, or t-SNE (seeded, on PCA to 50 numbers).
 
     features: (N, D); labels: (N,) integers or None; of more than `max_points` evenly spaced ones are drawn.
+    plane: the projection, where it was made before
     """
-    keep = np.linspace(0, len(features) - 1, min(max_points, len(features))).astype(int)
-    values = np.nan_to_num(np.asarray(features, dtype=float)[keep])
-    values -= values.mean(axis=0)
-    _, strengths, directions = np.linalg.svd(values, full_matrices=False)
-    shares = strengths**2 / max(float((strengths**2).sum()), 1e-12)
-    plane = values @ directions[:50].T
-    if method == "tsne":
-        plane = _tsne(plane)
-    plane = np.pad(plane[:, :2], ((0, 0), (0, max(0, 2 - plane.shape[1]))))
+    drawn_plane = plane if plane is not None else feature_maps.plane(features, method, max_points)
+    points, keep, shares = drawn_plane.points, drawn_plane.kept, drawn_plane.shares
     figure = _figure(6.6, 5.0)
     axes = figure.add_subplot()
     if labels is None:
-        axes.scatter(plane[:, 0], plane[:, 1], s=10, color=PALETTE[0], linewidths=0, alpha=0.7)
+        axes.scatter(points[:, 0], points[:, 1], s=10, color=PALETTE[0], linewidths=0, alpha=0.7)
     else:
-        _classes(axes, plane, np.asarray(labels)[keep], classes)
+        _classes(axes, points, np.asarray(labels)[keep], classes)
     drawn = f"{len(keep):,} of {len(features):,} images" if len(keep) < len(features) else f"{len(keep):,} images"
     axes.set_title(f"{_short(title, 60)}\n{'t-SNE' if method == 'tsne' else 'PCA'}, {drawn}", fontsize=_TITLE)
     if method == "tsne":
         axes.set(xticks=[], yticks=[], xlabel="distances between far groups mean nothing")
     else:
         axes.set_xlabel(f"component 1 ({shares[0]:.0%} of the variance)", fontsize=_TEXT)
-        axes.set_ylabel(f"component 2 ({shares[1:2].sum():.0%})", fontsize=_TEXT)
+        axes.set_ylabel(f"component 2 ({shares[1]:.0%})", fontsize=_TEXT)
     _plain(axes, grid=False)
     return _bytes(figure, image_format)
 
@@ -293,16 +290,6 @@ def _classes(axes: Axes, plane: np.ndarray, labels: np.ndarray, classes: Sequenc
         axes.text(float(x), float(y), str(index), fontsize=6.5, ha="center", va="center", fontweight="bold",
                   bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "#bbbbbb", "linewidth": 0.4,
                         "alpha": 0.85})  # fmt: skip
-
-
-def _tsne(values: np.ndarray) -> np.ndarray:
-    from sklearn.manifold import TSNE
-
-    if not np.isfinite(values).all() or np.ptp(values, axis=0).max() < 1e-9:
-        raise ValueError("the features are all the same or not finite")  # scikit-learn's t-SNE would crash the process
-    perplexity = float(np.clip((len(values) - 1) / 4, 1, 30))
-    plane: np.ndarray = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(values)
-    return plane
 
 
 def _short(text: str, length: int) -> str:

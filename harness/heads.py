@@ -316,11 +316,15 @@ class SquareEncoder(nn.Module):
         self.map_shape: tuple[int, int, int] = own or encoder.map_shape
         self.features = math.prod(self.map_shape)
 
+    def stretched(self, squares: Tensor) -> Tensor:
+        """What the network is shown: squares (..., C, side, side) -> (N, C, *size), N the product of the leading sides."""
+        flat = squares.flatten(0, -4)
+        if self.size == (self.side, self.side):
+            return flat
+        return functional.interpolate(flat, self.size, mode="bilinear", align_corners=False)
+
     def forward(self, encoder: Encoder, squares: Tensor) -> Tensor:
         """squares (..., C, side, side) floats in [0, 1] -> maps (N, *map_shape), N the product of the leading sides."""
-        flat = squares.flatten(0, -4)
-        if self.size != (self.side, self.side):
-            flat = functional.interpolate(flat, self.size, mode="bilinear", align_corners=False)
-        maps = encoder(flat)
+        maps = encoder(self.stretched(squares))
         assert isinstance(maps, Tensor)
         return maps

@@ -159,7 +159,8 @@ class Point:
 def row_point(row: Mapping[str, Any]) -> Point | None:
     """A row as one metric `<evaluator>.<readout>.<split>.<metric> labels:<budget>`; None for a row without a number.
 
-    Its time is the row's own `finished_at`, so that the same row told twice is the same point.
+    A row of a transfer (harness.transfer) has ` on:<data set>` at the end. The time is the row's own `finished_at`, so
+    that the same row told twice is the same point.
     """
     if row["value"] is None or not math.isfinite(row["value"]):
         return None
@@ -170,6 +171,8 @@ def row_point(row: Mapping[str, Any]) -> Point | None:
         key += f" fold:{row['fold']}"
     if row.get("label_seed") not in (None, row.get("seed")):
         key += f" label_seed:{row['label_seed']}"
+    if ":" in (row.get("pretrain_data") or ""):
+        key += f" on:{row['dataset']}"
     return Point(key, float(row["value"]), int(row.get("steps") or 0), milliseconds(row["finished_at"]))
 
 

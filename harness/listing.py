@@ -12,9 +12,11 @@ from harness.config import DataConfig, RunConfig, load_recipe, recipe_names
 from harness.config import describe as describe_fields
 from harness.contracts import HarnessError
 from harness.encoders import EncoderConfig
+from harness.grid_files import grid_names, load_grid
 from harness.optim import OptimConfig, ScheduleConfig
 
-KINDS = ("methods", "datasets", "encoders", "evaluators", "recipes", "runs")
+KINDS = ("methods", "datasets", "encoders", "evaluators", "recipes", "grids", "runs")
+JSON_ONLY = {kind: ("role", "source") if kind == "methods" else () for kind in KINDS}  # too wide for a terminal
 
 
 def records(what: str, workspace: Path) -> list[dict[str, Any]]:
@@ -22,16 +24,21 @@ def records(what: str, workspace: Path) -> list[dict[str, Any]]:
     if what not in KINDS:
         raise HarnessError(f"list '{what}': {registry.near(what, KINDS)}")
     return {"methods": _methods, "datasets": _datasets, "encoders": _encoders, "evaluators": _evaluators,
-            "recipes": _recipes, "runs": lambda: _runs(workspace)}[what]()  # fmt: skip
+            "recipes": _recipes, "grids": _grids, "runs": lambda: _runs(workspace)}[what]()  # fmt: skip
 
 
 def _methods() -> list[dict[str, Any]]:
-    plugins = [(name, registry.load_method(name)) for name in registry.names("method")]
-    return [
-        {"name": name, "title": registry.title(p), "family": p.family, "year": p.year, "role": p.role or "method",
-         "source": p.source}
-        for name, p in sorted(plugins, key=lambda pair: (pair[1].role or "", pair[1].family, pair[1].year, pair[0]))
+    """By family and year; null controls, controls, floors and what stands for outside weights come last, in this order."""
+    plugins = {name: registry.load_method(name) for name in registry.names("method")}
+    null = {p.null_control for p in plugins.values()}
+    roles = {name: p.role or ("null control" if name in null else "method") for name, p in plugins.items()}
+    order = ("method", "null control", "control", "floor", "outside")
+    records = [
+        {"family": p.family, "method": name, "title": registry.title(p), "year": p.year, "role": roles[name],
+         "tier": p.tier if roles[name] == "method" else "", "idea": registry.idea(p), "source": p.source}
+        for name, p in plugins.items()
     ]  # fmt: skip
+    return sorted(records, key=lambda r: (order.index(r["role"]), r["family"], r["year"], r["method"]))
 
 
 def _datasets() -> list[dict[str, Any]]:
@@ -60,6 +67,16 @@ def _recipes() -> list[dict[str, Any]]:
         recipe = load_recipe(name)
         out.append({"name": name, "settings": ", ".join(f"{k}={v}" for k, v in recipe.run.items()),
                     "methods": ", ".join(sorted(recipe.methods))})  # fmt: skip
+    return out
+
+
+def _grids() -> list[dict[str, Any]]:
+    out = []
+    for name in grid_names():
+        grid = load_grid(name)
+        axes = "; ".join(f"{key} = {', '.join(map(str, values))}" for key, values in grid["axes"].items())
+        out.append({"name": name, "methods": ", ".join(grid["methods"]), "datasets": ", ".join(grid["datasets"]),
+                    "seeds": grid["seeds"], "labels": ", ".join(grid["labels"]), "axes": axes})  # fmt: skip
     return out
 
 

@@ -78,16 +78,21 @@ class Tracking:
         datasets: {"name", "digest" (sha256), "context" ("pretrain", "train", ...)} each; parent: another pretrain_id
         """
         journal = Journal(journals.journal_path(self.workspace, pretrain_id))
-        if journal.path not in self._paths:
-            self._paths.append(journal.path)
-        if self._started:
-            self._tell([journal.path])  # before the file is there: the mirror must not take it for a dead run's
+        self.follow(pretrain_id)  # before the file is there: the mirror must not take it for a dead run's
         journal.begin(name, params, tags, datasets, parent)
         folder = self.workspace / ".harness" / "artifacts" / pretrain_id
         for file, content in (("config.json", config), ("environment.json", environment)):
             write_whole(folder / file, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
             journal.artifact(file, folder / file)
         return journal
+
+    def follow(self, pretrain_id: str) -> None:
+        """Mirror the journal of a run, whichever process of this machine writes it."""
+        path = journals.journal_path(self.workspace, pretrain_id)
+        if path not in self._paths:
+            self._paths.append(path)
+        if self._started:
+            self._tell([path])
 
     def close(self, timeout: float = 30.0, leave: bool = False) -> Owed:
         """Flush for at most `timeout` seconds and return what is still owed. Never raises for a store that is away.

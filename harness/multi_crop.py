@@ -17,7 +17,7 @@ from harness.heads import map_shape_of
 from harness.views import ViewConfig, ViewMaker
 
 NUM_GLOBAL = 2
-NUM_LOCAL = 4  # by default; `views_per_image` of the methods that use multi-crop counts these
+NUM_LOCAL = 4  # by default
 
 
 class MultiCropConfig(ViewConfig):
@@ -44,6 +44,11 @@ class MultiCropConfig(ViewConfig):
     local_side: float = setting(
         0.43, "side of a local view, share of the image's", source="96 of 224 px: Caron et al., 2020", gt=0, le=1
     )
+
+    @property
+    def views_per_image(self) -> int:
+        """Global and local views together."""
+        return NUM_GLOBAL + self.num_local
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,9 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from harness import durable, floor, optim
-from harness.arms import Arm, Plan, Request, build_method, make_plan
+from harness.arms import Arm, Plan, Request, build_method, make_plan, training_batches
 from harness.batches import Batches
 from harness.contracts import Encoder, HarnessError, Method
-from harness.mapped import select
 from harness.runner import PREPARE_BATCH, numerics
 from harness.step import Step, StepConfig
 
@@ -117,15 +116,11 @@ def _measure(plan: Plan, arm: Arm, steps: int, trace: Path) -> Profile:
     device, info, config = plan.device, plan.material.info, arm.config
     method = build_method(arm.method, config, info)
     method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = plan.material.placed_images(device), None
+    images = plan.material.placed_images(device)
     everything = Batches(images, None, batch_size=min(PREPARE_BATCH, len(images)), seed=config.seed, device=device)
     method.prepare(everything)
     method.on_epoch_start(everything, 0)
-    if arm.labelled is not None:
-        train = plan.material.split("train")
-        assert train.labels is not None
-        images, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
-    data = Batches(images, labels, batch_size=arm.batch_size, seed=config.seed, device=device)
+    data = training_batches(arm, plan.material, device)
     least = floor.find(method, info, arm.batch_size, device, config.precision == "bf16")
     optimizer = optim.build(config.optim, method.train().parameter_groups())
     borders = _Borders(method, optimizer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
@@ -129,3 +130,14 @@ def methods_with_role(role: str) -> tuple[str, ...]:
 def title(plugin: type[Any]) -> str:
     """First line of the class's docstring, without a full stop."""
     return (inspect.getdoc(plugin) or plugin.__name__).splitlines()[0].rstrip(".")
+
+
+def idea(plugin: type[Method]) -> str:
+    """The method's idea in one line: its own, not an ancestor's; else the first sentence of its file."""
+    own: str = vars(plugin).get("idea", "")
+    if own:
+        return own
+    text = " ".join((inspect.getdoc(sys.modules[plugin.__module__]) or plugin.source).split("\n\n")[0].split())
+    kind, colon, rest = text.partition(": ")
+    text = rest if colon and kind.lower() == plugin.role else text  # the group says `floor` already
+    return text[:1].lower() + text[1:].partition(". ")[0].rstrip(".")

@@ -6,14 +6,16 @@ why. Controls and floors get the loss curve and the confusion matrix only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
-from harness import durable, figures
+from harness import durable, feature_maps, figures
 from harness.batches import Batches
 from harness.contracts import Evaluation, Method
 from harness.evaluation import Task
@@ -26,8 +28,8 @@ PREVIEWED = 8
 MAPPED_POINTS = 500
 
 
-def _add(journal: Journal, folder: Path, name: str, draw: Callable[[], bytes]) -> None:
-    path = folder / "figures" / f"{name}.png"
+def _add(journal: Journal, folder: Path, name: str, draw: Callable[[], bytes], ending: str = "png") -> None:
+    path = folder / "figures" / f"{name}.{ending}"
     try:
         durable.write_bytes(path, draw())
     except Exception as error:  # a picture is never worth a run
@@ -60,14 +62,20 @@ def log_pretraining_figures(
 
 
 def log_evaluation_figures(
-    journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation
+    journal: Journal, folder: Path, arm: Arm, cell: Cell, task: Task, result: Evaluation, dataset: str
 ) -> None:
-    """After an evaluation: its confusion matrix; for the method itself neighbours and 2-d maps of the features."""
+    """After an evaluation: its confusion matrix; for the method itself neighbours and 2-d maps of the features.
+
+    dataset: the name of what it was measured on
+    """
     suffix = "" if cell.budget is None or cell.budget.fold is None else f"_fold{cell.budget.fold}"
+    if arm.origin is not None:  # beside those of its own run
+        suffix = f"_on_{dataset.replace(':', '_')}{suffix}"
     for readout, predicted in list(result.predictions.items())[:1]:
         name = f"confusion_{cell.evaluator}_{readout}{suffix}"
         true, classes = task.labels("test"), task.info.classes or ()
-        title = f"{arm.method}, {cell.evaluator} {readout}: test images"
+        spec = "" if cell.budget is None else f", labels {cell.budget.spec}"
+        title = f"{arm.method}, {cell.evaluator} {readout}{spec}: test images"
         _add(
             journal,
             folder,
@@ -81,11 +89,35 @@ def log_evaluation_figures(
     images = task.images("train")[:MAPPED_POINTS].cpu().numpy()
     queries: list[Any] = list(range(min(6, len(images))))
     _add(journal, folder, "neighbours", lambda: figures.nearest_neighbours(images, features, queries, labels=labels))
-    kinds: tuple[Literal["pca", "tsne"], ...] = ("pca", "tsne")
-    for kind in kinds:
-        _add(
-            journal,
-            folder,
-            f"features_{kind}",
-            partial(figures.feature_map_2d, features, labels, kind, classes=task.info.classes),
-        )
+    _map_features(journal, folder, cell, readout, features, labels, images, task.info.classes)
+
+
+def _map_features(
+    journal: Journal,
+    folder: Path,
+    cell: Cell,
+    readout: str,
+    features: np.ndarray,
+    labels: np.ndarray,
+    images: np.ndarray,
+    classes: Sequence[str] | None,
+) -> None:
+    """The features as a picture per projection, and as coordinates with a sheet of thumbnails for a page to show."""
+    planes = {kind: cache(partial(feature_maps.plane, features, kind)) for kind in feature_maps.KINDS}
+    for kind, plane in planes.items():
+
+        def draw(kind: feature_maps.Kind = kind, plane: Callable[[], feature_maps.Plane] = plane) -> bytes:
+            return figures.feature_map_2d(features, labels, kind, classes=classes, plane=plane())
+
+        _add(journal, folder, f"features_{kind}", draw)
+    about = {"readout": readout, "budget": cell.budget.spec if cell.budget is not None else ""}
+
+    def coordinates() -> bytes:
+        found: dict[feature_maps.Kind, feature_maps.Plane] = {}
+        for kind, plane in planes.items():
+            with contextlib.suppress(ValueError):  # features that t-SNE cannot spread still have components
+                found[kind] = plane()
+        return feature_maps.document(found, labels, classes, about)
+
+    _add(journal, folder, "map_images", partial(feature_maps.sheet, images))
+    _add(journal, folder, "map", coordinates, "json")

@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -33,14 +33,29 @@ from harness import (
     registry,
     runs,
 )
+from harness import transfer as transfers
 from harness import weights as weights_of
-from harness.arms import Arm, Cell, Plan, Request, build_encoder, build_method, cells, environment, in_group, make_plan
+from harness.allocator import keep_freed_memory
+from harness.arms import (
+    Arm,
+    Cell,
+    Plan,
+    Request,
+    build_encoder,
+    build_method,
+    cells,
+    environment,
+    failure_id,
+    in_group,
+    make_plan,
+    pretext_id,
+    training_batches,
+)
 from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
 from harness.contracts import Encoder, Evaluation, HarnessError, Measurement, Method, Row, Status
 from harness.encoders import set_batch_norm_statistics
 from harness.evaluation import FeatureCache, Task, check_evaluation, private_copy
-from harness.mapped import select
 from harness.run_figures import log_evaluation_figures, log_pretraining_figures
 from harness.step import Mode
 
@@ -148,6 +163,8 @@ def tracked(request: Request, outcome: Outcome) -> Iterator[mirror.Tracking]:
 @contextlib.contextmanager
 def numerics(plan: Plan) -> Iterator[None]:
     """Threads and determinism of a run, put back afterwards."""
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     threads = torch.get_num_threads()
     torch.backends.cudnn.allow_tf32 = False  # fp32 in a row means fp32
     tried = torch.backends.cudnn.benchmark
@@ -183,8 +200,9 @@ class ArmRun:
 
     def run(self) -> None:
         todo = []
-        for cell in [None, *cells(self.arm, self.plan)]:
-            eval_id = cell.eval_id if cell else self._own_id()
+        own: list[Cell | None] = [None] if self.arm.origin is None else []  # else told by its own run
+        for cell in [*own, *cells(self.arm, self.plan)]:
+            eval_id = cell.eval_id if cell else pretext_id(self.arm.pretrain_id)
             rows = records.read(records.rows_path(self.workspace, self.arm.pretrain_id, eval_id))
             if rows is None or rows[0].status in ("INTERRUPTED", "OUT_OF_MEMORY", "FAILED"):
                 todo.append(cell)
@@ -216,16 +234,19 @@ class ArmRun:
 
     def pretrained(self) -> tuple[Encoder, dict[str, Any]]:
         """The arm's encoder, loaded if it was finished before, else trained now; on the device, in eval mode."""
-        saved = checkpoint.load_encoder(self.folder)
+        saved, origin = checkpoint.load_encoder(self.folder), self.arm.origin
         if saved is None:
             return self._pretrain()
-        encoder = build_encoder(self.arm.method, self.arm.config, self.plan.material.info)
+        info = self.plan.material.info if origin is None else origin.info
+        encoder = build_encoder(self.arm.method, self.arm.config, info)
         tensors, facts = saved
         encoder.load_state_dict(tensors)
         return _placed(encoder, self.plan.device).eval(), facts
 
     def _pretrain(self) -> tuple[Encoder, dict[str, Any]]:
         arm = self.arm
+        if arm.origin is not None:
+            raise HarnessError(f"the weights of run {arm.pretrain_id} are gone; run its command again")
         if "stacked" in arm.identity:
             seeds = ",".join(map(str, arm.identity["stacked"]))
             raise HarnessError(f"{arm.method} was trained together with seeds {seeds} and its weights are gone; run its "
@@ -269,9 +290,11 @@ class ArmRun:
                 "images_per_second": steps * arm.batch_size / done.seconds if done.seconds else None, "compile": done.mode,
             }  # fmt: skip
             clock = time.monotonic() - done.seconds
+            if done.failed_at is None:
+                method.after_training(everything)
         method.eval()
         facts |= {
-            "views_seen": facts["images_seen"] * arm.plugin.views_per_image, "device_seconds": time.monotonic() - clock,
+            "views_seen": facts["images_seen"] * method.num_views, "device_seconds": time.monotonic() - clock,
             "peak_memory_bytes": provenance.peak_memory_bytes(device), "started_at": started, "finished_at": _now(),
             "curve": curve, **provenance.code_state(),
         }  # fmt: skip
@@ -289,14 +312,12 @@ class ArmRun:
         least = floor.find(method, info, arm.batch_size, self.plan.device, arm.config.precision == "bf16")
         return None if least is None else images_per_second * least.seconds
 
+    def training_data(self) -> Batches:
+        """What the arm is trained on, in the order of its steps."""
+        return training_batches(self.arm, self.plan.material, self.plan.device)
+
     def _train(self, method: Method) -> pretrain.Finished:
-        arm, device = self.arm, self.plan.device
-        images, labels = self.plan.material.placed_images(device), None
-        if arm.labelled is not None:
-            train = self.plan.material.split("train")
-            assert train.labels is not None
-            images, labels = select(train.images, arm.labelled), train.labels[arm.labelled]
-        data = Batches(images, labels, batch_size=arm.batch_size, seed=arm.config.seed, device=device)
+        arm, device, data = self.arm, self.plan.device, self.training_data()
         if data.placement != "resident":
             self.reporter.note(f"{len(data):,} images do not fit on the device: {data.placement} (docs/decisions/008)")
         if device.type == "cuda" and not arm.plugin.graphable:
@@ -366,15 +387,13 @@ class ArmRun:
             )
         found = [Measurement(None, "pretrain", name, value) for name, value in facts["pretext"].items()]
         found = found or [Measurement(None, "pretrain", "status", None)]
-        rows = [self._row(m, None, facts, self._own_id(), status) for m in found]
+        rows = [self._row(m, None, facts, pretext_id(self.arm.pretrain_id), status) for m in found]
         records.write(self.workspace, rows)
         self._publish(rows)
 
     def _failure_id(self) -> str:
-        return fingerprint.short_id({"failure": self.arm.pretrain_id})
-
-    def _own_id(self) -> str:
-        return fingerprint.short_id({"pretext": self.arm.pretrain_id})
+        arm = self.arm
+        return failure_id(arm.pretrain_id, None if arm.origin is None else self.plan.dataset_name)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -400,6 +419,8 @@ class ArmRun:
             self.cache, arm.config.precision == "bf16", states, on_steps, plan.request.checkpoint_seconds,
             # a fit of minutes does not earn a compilation back
             "graph" if "graph" in arm.config.compile else "off", self.reporter.note,
+            {k.removeprefix("method."): v for k, v in dotted(arm.config).items() if k.startswith("method.")},
+            arm.plugin.view_corruptions,
             trains_encoder=evaluator.trains_encoder,
         )  # fmt: skip
         started, clock = _now(), time.monotonic()
@@ -407,11 +428,12 @@ class ArmRun:
         check_evaluation(cell.evaluator, result, task, encoder, facts["weights_sha256"])
         timing = {"started_at": started, "finished_at": _now(), "device_seconds": time.monotonic() - clock}
         found = result.measurements
-        if arm.plugin.supervised and cell.budget is not None and len(cell.budget.rounds) > 1:
+        supervised_here = arm.plugin.supervised and arm.origin is None
+        if supervised_here and cell.budget is not None and len(cell.budget.rounds) > 1:
             # under cross-validation it has trained on every validation image: those numbers would be leaks
             found = [m for m in found if m.split != "validation"]
         rows = [self._row(m, cell, facts | timing, cell.eval_id, "FINISHED") for m in found]
-        log_evaluation_figures(self.journal, self.folder, arm, cell, task, result)
+        log_evaluation_figures(self.journal, self.folder, arm, cell, task, result, plan.dataset_name)
         records.write(self.workspace, rows, result.chosen, result.predictions)
         checkpoint.discard(states)
         self._publish(rows)
@@ -421,8 +443,10 @@ class ArmRun:
         self.journal.rows([row.model_dump(mode="json") for row in rows])
 
     def _row(self, m: Measurement, cell: Cell | None, facts: Mapping[str, Any], eval_id: str, status: Status) -> Row:
-        arm, plan, budget = self.arm, self.plan, cell.budget if cell else None
-        if arm.plugin.supervised:  # one arm per budget: its label-free rows are told apart by it as well
+        arm, plan, budget, origin = self.arm, self.plan, cell.budget if cell else None, self.arm.origin
+        if (
+            arm.plugin.supervised and origin is None
+        ):  # one arm per budget: its label-free rows are told apart by it as well
             budget = arm.budgets[0]
         settings = dotted(arm.config) | ({"compile": facts["compile"]} if "compile" in facts else {})  # as it was done
         keep = {
@@ -432,17 +456,24 @@ class ArmRun:
         }
         if "stacked" in arm.identity:
             keep["stacked_seeds"] = arm.identity["stacked"]
-        opened = sorted(arm.identity["data"]) + (["train"] if budget else []) + (["test"] if m.split == "test" else [])
+        opened = sorted(arm.identity["data"])
+        if origin is not None:  # label-free measures look at the pretraining images of what they are made on
+            opened = [] if budget else sorted(set(plan.material.digests) - {"test"})
+        opened += (["train"] if budget else []) + (["test"] if m.split == "test" else [])
         digests = {name: plan.material.digests[name] for name in dict.fromkeys(opened)}
+        verified = plan.material.verified(tuple(digests))
+        if origin is not None:
+            digests |= {f"{origin.dataset}:{name}": digest for name, digest in arm.identity["data"].items()}
+            verified = verified and origin.verified
         codes = [arm.identity["code"]]
         if cell:
             codes.append(fingerprint.code_sha256(registry.load_evaluator(cell.evaluator)))
         finite = m.value is not None
         return Row(
-            method=arm.method, config=keep, dataset=arm.config.dataset_name, data_sha256=fingerprint.digest(digests),
-            data_verified=plan.material.verified(tuple(digests)),
+            method=arm.method, config=keep, dataset=plan.dataset_name, data_sha256=fingerprint.digest(digests),
+            data_verified=verified,
             test_overlap=plan.material.test_overlap if m.split == "test" else None,
-            pretrain_data=arm.config.data.pretrain_split or "",
+            pretrain_data=(arm.config.data.pretrain_split or "") if origin is None else origin.pretrain_data,
             encoder=arm.encoder, pretrain_id=arm.pretrain_id,
             eval_id=eval_id, seed=arm.config.seed, label_seed=budget.label_seed if budget else None,
             labels=budget.spec if budget else None, fold=budget.fold if budget else None,
@@ -465,7 +496,7 @@ class ArmRun:
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Open the arm's journal and end it truthfully, whatever happens in between."""
-        arm, info = self.arm, self.plan.material.info
+        arm, info = self.arm, self.plan.material.info if self.arm.origin is None else self.arm.origin.info
         self.journal = self.tracker.open(
             arm.pretrain_id, name=f"{arm.method}-{arm.config.dataset_name}-s{arm.config.seed}",
             params={key: str(value) for key, value in dotted(arm.config).items()},
@@ -498,8 +529,6 @@ class ArmRun:
         except Exception as error:
             words = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
-            self.failed = True
-            status: Status = "OUT_OF_MEMORY" if memory else "FAILED"
             log = self.folder / "error.txt"
             durable.write_bytes(log, traceback.format_exc().encode())
             advice = (
@@ -507,15 +536,24 @@ class ArmRun:
                 if memory
                 else f"the traceback is in {log}"
             )
-            self.outcome.problems.append(
-                f"{self.arm.method}: {status} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {advice}"
-            )
-            facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
-                     "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
-                     **provenance.code_state()}  # fmt: skip
-            rows = [self._row(Measurement(None, "pretrain", "status", None), None, facts, self._failure_id(), status)]
-            records.write(self.workspace, rows)
-            self._publish(rows)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._record_failure("OUT_OF_MEMORY" if memory else "FAILED", reason, advice)
+
+    def _record_failure(self, status: Status, reason: str, advice: str) -> None:
+        self.failed = True
+        self.outcome.problems.append(f"{self.arm.method}: {status} ({reason}); {advice}")
+        facts = {"steps": 0, "images_seen": 0, "views_seen": 0, "device_seconds": None, "images_per_second": None,
+                 "peak_memory_bytes": None, "weights_sha256": None, "started_at": _now(), "finished_at": _now(),
+                 **provenance.code_state()}  # fmt: skip
+        measurement = Measurement(None, "pretrain", "status", None)
+        rows = [self._row(measurement, None, facts, self._failure_id(), status)]
+        records.write(self.workspace, rows)
+        self._publish(rows)
+
+    def record_loss(self, reason: str) -> None:
+        """Leave the status row of an arm whose process was lost in a way that it could not record itself."""
+        with self.recorded():
+            self._record_failure("FAILED", reason, "lost with its process")
 
 
 def _placed(module: Module, device: torch.device) -> Module:
@@ -546,11 +584,13 @@ def run(
     control: bool = True,
     tracking: str | None = None,
     seeds: Sequence[int] | str | None = None,
+    transfer: Sequence[str] = (),
     set: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
     """Pretrain, evaluate beside the controls, record; return every row the call used as a DataFrame.
 
+    transfer: data sets that the encoder is measured on afterwards too (harness.transfer)
     settings: any top-level setting (`seed=0`, `epochs=10`, `encoder="resnet18"`); dotted ones go into `set`
     ({"optim.lr": 0.05}). seeds: several in one call, [0, 1, 2] or "0-2", in place of `seed`. The other arguments are
     the flags of `harness run`. Raises HarnessError for a mistake.
@@ -565,11 +605,15 @@ def run(
         label_seed=label_seed, evaluators=None if evaluators is None else tuple(evaluators), device=device,
         deterministic=deterministic, offline=offline, control=control, tracking=tracking,
     )  # fmt: skip
+    transfers.check(request, transfer)
     if seeds is None:
-        return records.frame(execute(request).rows)
-    from harness import seeds as many
+        outcome = execute(request)
+    else:
+        from harness import seeds as many
 
-    return records.frame(many.execute(many.with_seeds(request, seeds), Silent()).rows)
+        outcome = many.execute(many.with_seeds(request, seeds), Silent())
+    elsewhere = [row for other in execute_elsewhere(outcome, transfer) for row in other.rows]
+    return records.frame(outcome.rows + elsewhere)
 
 
 def evaluate(
@@ -587,13 +631,37 @@ def evaluate(
     tracking: str | None = None,
     set: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Evaluate a finished pretraining, or an outside encoder's weights, by the same protocol; return the rows."""
+    """Evaluate a finished pretraining, or an outside encoder's weights, by the same protocol; return the rows.
+
+    dataset: what to measure on; for a run None is what it was pretrained on, and another one makes it a transfer
+    """
     request = evaluation_request(
         run, Path(weights) if weights else None, encoder, dataset, Path(workspace).resolve(), dict(set or {}),
         data_dir=Path(data_dir) if data_dir else None, labels=str(labels), label_seed=label_seed,
         evaluators=None if evaluators is None else tuple(evaluators), control=control, tracking=tracking,
     )  # fmt: skip
     return records.frame(execute(request).rows)
+
+
+def execute_elsewhere(outcome: Outcome, datasets: Sequence[str], reporter: Reporter | None = None) -> Iterator[Outcome]:
+    """Measure what a command pretrained on other data sets too, one after another; one Outcome per run and data set.
+
+    A pretraining that did not finish is passed over: its problem has been told.
+    """
+    request = outcome.plan.request
+    mine = dict.fromkeys(row.pretrain_id for row in outcome.rows if row.method == request.method)
+    for pretrain_id in mine:
+        folder = runs.checkpoint_folder(request.workspace, pretrain_id)
+        found = runs.find(request.workspace, pretrain_id) if (folder / "encoder.json").exists() else None
+        if found is None or found.facts["status"] != "FINISHED":
+            continue
+        for dataset in datasets:
+            elsewhere = transfers.request_elsewhere(
+                found, dataset, {}, data_dir=request.data_dir, labels=request.labels, label_seed=request.label_seed,
+                evaluators=request.evaluators, control=request.control, tracking=request.tracking,
+                offline=request.offline, allow_test=request.allow_test, checkpoint_seconds=request.checkpoint_seconds,
+            )  # fmt: skip
+            yield execute(replace(elsewhere, device=request.device), reporter)
 
 
 def evaluation_request(
@@ -605,11 +673,16 @@ def evaluation_request(
     overrides: dict[str, Any],
     **changes: Any,
 ) -> Request:
-    """The request behind `harness evaluate`. Raises HarnessError when run and weights are both or neither given."""
+    """The request behind `harness evaluate`. Raises HarnessError when run and weights are both or neither given.
+
+    dataset: what to measure on; a run's encoder on other data than it was pretrained on is a transfer
+    """
     if (run is None) == (weights is None):
         raise HarnessError("evaluate takes either a RUN (see `harness list runs`) or --weights FILE")
     if run is not None:
         found = runs.find(workspace, run)
+        if dataset is not None and dataset != found.facts["dataset"]:
+            return transfers.request_elsewhere(found, dataset, overrides, **changes)
         request = runs.request_again(found, overrides, **changes)
         if make_plan(request).arms[0].pretrain_id != found.pretrain_id:
             if registry.load_method(request.method).supervised:
@@ -637,4 +710,4 @@ def evaluation_request(
     )
 
 
-__all__ = ["Outcome", "Reporter", "Request", "evaluate", "evaluation_request", "execute", "run"]
+__all__ = ["Outcome", "Reporter", "Request", "evaluate", "evaluation_request", "execute", "execute_elsewhere", "run"]

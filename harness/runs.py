@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import arms, checkpoint, durable, encoders, registry
+import torch
+
+from harness import arms, checkpoint, durable
 from harness.config import Layers, Recipe, RunConfig, build
 from harness.contracts import DatasetInfo, Encoder, HarnessError
 
@@ -41,8 +43,8 @@ class Run:
 
     def encoder(self) -> Encoder:
         """The trained encoder on the CPU in eval mode; its digest is checked."""
-        plugin = registry.load_method(self.facts["method"])
-        encoder = plugin.own_encoder(self.info) or encoders.build(self.config.encoder, self.info)
+        with torch.random.fork_rng(devices=[]):  # its first weights are replaced: the caller's draws go on as they were
+            encoder = arms.build_encoder(self.facts["method"], self.config, self.info)
         loaded = checkpoint.load_encoder(self.folder)
         assert loaded is not None
         encoder.load_state_dict(loaded[0])

@@ -42,7 +42,7 @@ class Size:
     heads: int
 
 
-SIZES = {"vit_tiny": Size(128, 6, 4)}
+SIZES = {"vit_tiny": Size(128, 6, 4), "vit_small": Size(384, 12, 6)}  # the second: Touvron et al., 2021, table 1
 
 
 def patch_side(image_size: tuple[int, int]) -> int:
@@ -236,5 +236,5 @@ def with_tokens(encoder: Encoder, method: str) -> ViTEncoder:
     if isinstance(encoder, ViTEncoder):
         return encoder
     raise HarnessError(
-        f"{method}: encodes some patches of an image only, so its encoder is vit_tiny, not {encoder.name}"
+        f"{method}: encodes some patches of an image only, so its encoder is {' or '.join(SIZES)}, not {encoder.name}"
     )

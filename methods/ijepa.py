@@ -4,7 +4,7 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun & Ballas, "Self-supervi
 joint-embedding predictive architecture", CVPR 2023 (arXiv 2301.08243). No views: the context is the image without its
 target blocks, the target is in features and never in pixels. Spatial contrasting's idea without negatives.
 
-It needs an encoder of tokens and brings `vit_tiny`, whatever `--encoder` says, as `pixels` brings its own. So that every
+It needs an encoder of tokens and brings `vit_tiny` unless `--encoder` names another ViT. So that every
 step has the same shapes, target blocks are squares of one size (the paper draws their size and aspect ratio for each
 batch) and the context has a fixed number of patches: what four blocks leave if they do not overlap, drawn at random
 among what they really leave (the paper cuts a batch's contexts to the shortest). Blocks and patches are few on small

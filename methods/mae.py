@@ -4,7 +4,7 @@ He, Chen, Xie, Li, Dollár & Girshick, "Masked autoencoders are scalable vision 
 Most patches are dropped before the encoder, which sees no mask token and costs a quarter; a small decoder gets the
 encoded patches, one learnt token in place of every other, and the class token, and gives the missing patches' pixels.
 
-It needs an encoder of tokens and brings `vit_tiny`, whatever `--encoder` says, as `pixels` brings its own; write
+It needs an encoder of tokens and brings `vit_tiny` unless `--encoder` names another ViT; write
 `--encoder vit_tiny` to have the controls on the same network. Where this differs: the class token enters after the
 encoder (harness.vit), a narrower and shallower decoder for a smaller encoder. A crop and a flip are the only view, as in
 the paper. Slow to start: the paper trains for 800 to 1600 epochs.

@@ -3,7 +3,7 @@
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai & Hu, "SimMIM: a simple framework for masked image modeling", CVPR 2022 (arXiv
 2111.09886). Masked patches enter the encoder as one learnt token; a single linear layer predicts raw pixels, L1 distance.
 
-It needs an encoder of tokens and brings `vit_tiny`, whatever `--encoder` says, as `pixels` brings its own. One masked
+It needs an encoder of tokens and brings `vit_tiny` unless `--encoder` names another ViT. One masked
 unit is one patch: a seventh of a 28 px side, as the paper's 32 px are a sixth of 192. The class token plays no part and
 is left as it is (`cls` then reads an untrained one).
 """

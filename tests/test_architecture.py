@@ -14,20 +14,31 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 # Modules of the core from the top down; each may import those of lower tiers and of its own.
 TIERS: list[set[str]] = [
     {"cli"},
-    {"verbs", "verbs.options", "verbs.report", "verbs.compare"},
+    {"verbs", "verbs.options", "verbs.report", "verbs.compare", "verbs.bench", "verbs.reproduce"},
+    {"grid_console", "reproduction"},
+    {"report.page"},
+    {"report.plots", "report.pictures", "report.reproduction"},
     {"report.assembly", "report.selection", "report.comparison"},
     {"report.entries", "report.lines", "report.published"},
     {"report.measurements", "report.text"},
-    {"report.boards"},
+    {"report.boards", "report.charts", "report.typography"},
     {"report.summary", "report.warnings", "report", "console", "listing", "doctor", "clean", "export", "embed"},
     {"profiling"},
+    {"bench"},
+    {"costs"},
+    {"engines.local"},
+    {"engines"},
+    {"grid"},
+    {"grid_setups"},
+    {"compute_budgets"},
     {"runner", "seeds"},
-    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs"},
+    {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs", "transfer"},
     {"arms"},
     {"evaluation", "provenance", "records", "weights", "stacked", "floor", "statistics"},
-    {"pretrain", "config", "budgets", "journal", "figures"},
+    {"grid_files"},
+    {"pretrain", "config", "budgets", "journal", "figures", "feature_maps"},
     {"step"},
-    {"batches", "checkpoint", "registry"},
+    {"batches", "checkpoint", "registry", "allocator"},
     {"optim", "encoders", "conv_encoder", "outside_encoders", "vit", "heads", "patches", "receptive_field", "fingerprint",
      "augment", "image_operations", "views", "multi_crop", "durable", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
     {"contracts"},
@@ -47,7 +58,16 @@ PLUGINS = {
         "receptive_field",
     },
     "datasets": {"contracts", "images", "mapped", "decoding", "formats", "download", "archives", "published"},
-    "harness/evaluators": {"contracts", "encoders", "augment", "batches", "mapped", "optim"},
+    "harness/evaluators": {
+        "contracts",
+        "encoders",
+        "augment",
+        "image_operations",
+        "views",
+        "batches",
+        "mapped",
+        "optim",
+    },
 }
 PLUGIN_LIBRARIES = {
     "methods": {"sklearn", "skimage"},
@@ -56,15 +76,23 @@ PLUGIN_LIBRARIES = {
 }
 # Exporting is folding this very probe into a torchvision network.
 EXCEPTIONS = {"export.py": {"evaluators.linear_probe"}}
-# A method may build on the one it is a variant of.
+# A method may build on the one it is a variant of, an evaluator on the one whose model it questions.
 VARIANTS = {
     "methods/sc_null.py": {"methods.sc"},
+    "methods/sc_semi.py": {"methods.sc"},
+    "methods/sc_shuffled.py": {"methods.sc"},
+    "methods/lsuv.py": {"methods.random_init"},
+    "methods/pca_whiten.py": {"methods.pixels"},
     "methods/pixels_svm.py": {"methods.pixels"},
     "methods/hog.py": {"methods.pixels"},
     "methods/coates_kmeans.py": {"methods.pixels"},
     "methods/densecl.py": {"methods.moco_v2"},
     "methods/dcl.py": {"methods.simclr"},
     "methods/supcon.py": {"methods.simclr"},
+    "harness/evaluators/_fitted_probe.py": {"evaluators.linear_probe"},
+    "harness/evaluators/calibration.py": {"evaluators._fitted_probe"},
+    "harness/evaluators/robustness.py": {"evaluators._fitted_probe"},
+    "methods/bagssl.py": {"methods.vicreg"},
 }
 
 

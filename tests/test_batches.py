@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness import batches, mapped, pretrain
 from harness.augment import hash_seeds, permutation, uniform
-from harness.batches import Batches, Placement, choose_placement, place
+from harness.batches import Batches, MixedBatches, Placement, choose_placement, num_labelled, place
 from harness.contracts import Batch
 from harness.optim import OptimConfig, ScheduleConfig
 from harness.read_ahead import AHEAD, read_ahead
@@ -282,3 +282,62 @@ def test_a_resident_step_never_waits_for_the_device(images: Tensor, cuda: torch.
             data.at(step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------ labelled among unlabelled ones
+
+LABELLED = torch.tensor([40, 3, 22, 31, 8, 17, 49])  # of the same images; labels are their numbers
+
+
+def mixed(images: Tensor, batch_size: int = 10, count: int = len(LABELLED)) -> MixedBatches:
+    chosen = LABELLED[:count]
+    return MixedBatches(images, images[chosen], chosen, batch_size=batch_size, seed=4, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "count", "labelled"), [(10, 7, 5), (20, 7, 7), (11, 3, 3), (3, 7, 1), (2, 1, 1)]
+)
+def test_a_mixed_batch_by_hand(images: Tensor, batch_size: int, count: int, labelled: int) -> None:
+    data, unlabelled = mixed(images, batch_size, count), batch_size - labelled
+    assert num_labelled(batch_size, count) == labelled and data.steps_per_epoch == COUNT // unlabelled
+    for step in range(2 * data.steps_per_epoch + 1):
+        batch = data.at(step)
+        assert batch.labels is not None and len(batch) == len(batch.labels) == batch_size
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        has = batch.labels >= 0
+        expected = by_hand(images, step, unlabelled)
+        assert torch.equal(batch.images[~has], expected.images) and torch.equal(batch.seeds[~has], expected.seeds)
+        assert torch.equal(batch.indices[~has], expected.indices) and (batch.labels[~has] == -1).all()
+        epoch, place = divmod(step, count // labelled)
+        positions = permutation(4, epoch, count)[place * labelled : (place + 1) * labelled]
+        assert torch.equal(batch.labels[has], LABELLED[positions])
+        assert torch.equal(batch.images[has], images[LABELLED[positions]])
+        assert torch.equal(batch.indices[has], COUNT + positions)
+        assert torch.equal(batch.seeds[has], hash_seeds(4, epoch, COUNT + positions))
+        assert len(batch.seeds.unique()) == batch_size
+
+
+@pytest.mark.parametrize("batch_size", range(2, 40))
+def test_labelled_images_are_spread_evenly(images: Tensor, batch_size: int) -> None:
+    for count in range(1, len(LABELLED) + 1):
+        labels = mixed(images, batch_size, count).at(0).labels
+        assert labels is not None
+        shown = int((labels >= 0).sum())
+        for parts in range(1, max(1, shown // 2) + 1):
+            assert all((part >= 0).any() for part in labels.tensor_split(parts))
+
+
+def test_mixed_batches_from_a_file_in_any_order(images: Tensor, on_file: Tensor) -> None:
+    from_memory, from_file = mixed(images), mixed(on_file)
+    assert from_file.placement == "streamed"
+    for step in (0, 1, 2, 17, 3, 3, 11):
+        same(from_memory.at(step), from_file.at(step))
+    from_file.close()
+    same(from_memory.at(5), from_file.at(5))
+
+
+def test_passes_over_mixed_data_are_over_the_unlabelled(images: Tensor) -> None:
+    data = mixed(images)
+    found = list(data.batches())
+    assert len(data) == COUNT and torch.equal(torch.cat([batch.indices for batch in found]), torch.arange(COUNT))
+    assert all(batch.labels is None for batch in found)

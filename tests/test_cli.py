@@ -157,12 +157,27 @@ def test_dry_run_writes_nothing_and_json_is_json(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("what", ["methods", "datasets", "encoders", "evaluators", "recipes", "runs"])
+@pytest.mark.parametrize("what", ["methods", "datasets", "encoders", "evaluators", "recipes", "grids", "runs"])
 def test_lists(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = invoke(["list", what, "--json"], tmp_path, monkeypatch, capfd)
     assert code == 0, err
     records = json.loads(out)[what]
     assert records or what == "runs"
+
+
+def test_methods_are_listed_by_family_and_year(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = invoke(["list", "methods", "--json"], tmp_path, monkeypatch, capfd)
+    records = json.loads(out)["methods"]
+    assert set(records[0]) >= {"method", "title", "family", "year", "tier", "idea", "source", "role"}
+    groups = list(dict.fromkeys(record["role"] for record in records))
+    assert groups == ["method", "null control", "control", "floor", "outside"]
+    ordered = [(groups.index(r["role"]), r["family"], r["year"]) for r in records]
+    assert ordered == sorted(ordered)
+    assert all(record["idea"] for record in records)
+    _, out, _ = invoke(["list", "methods"], tmp_path, monkeypatch, capfd)
+    assert "dictionary" in out and "coates_kmeans" in out and "idea" in out
 
 
 def test_describe_shows_every_setting_with_its_meaning(

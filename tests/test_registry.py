@@ -42,6 +42,13 @@ def test_every_plugin_is_complete(kind: registry.Kind, name: str) -> None:
         assert plugin.name == name
 
 
+def test_every_method_has_an_idea_of_its_own() -> None:
+    ideas = {name: registry.idea(registry.load_method(name)) for name in registry.names("method")}
+    assert all(10 < len(idea) < 200 and "\n" not in idea and not idea.endswith(".") for idea in ideas.values()), ideas
+    assert len(set(ideas.values())) == len(ideas)  # a variant does not tell its ancestor's
+    assert ideas["pixels"] == "the raw pixels, read by the same linear probe and neighbours as any feature"
+
+
 def test_unknown_names_list_near_ones() -> None:
     with pytest.raises(HarnessError, match="unknown method 'scc'; did you mean sc"):
         registry.load("method", "scc")

@@ -62,6 +62,8 @@ def test_wheel_works_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
         "assert 'sc' in registry.names('method') and 'stl10' in registry.names('dataset') and 'knn' in registry.names('evaluator')\n"
         "assert registry.load('method', 'sc').__module__ == 'harness.methods.sc'\n"
         "assert 'quick' in recipe_names()\n"
+        "from harness.grid_files import load_grid\n"
+        "assert load_grid('quick-methods')['methods']\n"
         "from importlib.resources import files\n"
         "assert files('harness.results.reference').joinpath('paper_table1_stl10.csv').is_file()\n"
         "assert files('harness').joinpath('py.typed').is_file()\n"

@@ -39,6 +39,9 @@ LabelSeed = Annotated[
 Tracking = Annotated[
     str | None, typer.Option("--tracking", help="MLflow address, or none (default: the workspace's own store).")
 ]
+Transfer = Annotated[
+    str | None, typer.Option("--transfer", help="Data sets, comma-separated, to measure the finished encoder on too.")
+]
 RunWord = Annotated[str, typer.Argument(metavar="RUN", help="`latest` or the first letters of a pretrain_id.")]
 
 

@@ -93,6 +93,8 @@ class FakeTask:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     events: list[str] = field(default_factory=list)
     given: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    method_settings: dict[str, Any] = field(default_factory=dict)
+    view_corruptions: tuple[str, ...] = ()
 
     def images(self, split: str) -> Tensor:
         self._opened(f"images {split}")

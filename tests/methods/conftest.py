@@ -32,8 +32,9 @@ def make_method(toy_info: DatasetInfo) -> Callable[..., Any]:
 
     def make(plugin: type[Method], **settings: Any) -> Any:
         torch.manual_seed(0)
-        sizes = {key: value for key, value in {"hidden": 32, "out": 16}.items() if key in plugin.Config.model_fields}
-        config = plugin.Config(**{**PLAIN_VIEWS, **sizes, **settings})
+        usual = {**PLAIN_VIEWS, "hidden": 32, "out": 16}
+        known = {key: value for key, value in usual.items() if key in plugin.Config.model_fields}
+        config = plugin.Config(**{**known, **settings})
         return plugin(build("convnet_small", toy_info), config, toy_info)
 
     return make

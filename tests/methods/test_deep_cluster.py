@@ -107,6 +107,24 @@ def test_an_epoch_starts_with_clusters_of_like_images_and_a_new_classifier() -> 
     assert places == (method.assignments.data_ptr(), method.classifier.weight.data_ptr())  # what a graph has captured
 
 
+def test_clusters_stand_still_within_an_epoch_and_carry_no_gradient() -> None:
+    """The loss sees the clusters as given: training the network moves none of them, only the next epoch's start does."""
+    method, data = method_of(num_clusters=4, components=8), Stripes()
+    method.prepare(data)
+    method.on_epoch_start(data, 0)
+    before = method.assignments.clone(), method.weights.clone()
+    optimiser = torch.optim.SGD(method.parameters(), lr=0.5)
+    for step in range(3):
+        method.loss(data.batch(torch.arange(64)), torch.tensor(step))["loss"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert torch.equal(method.assignments, before[0]) and torch.equal(method.weights, before[1])
+    assert not method.assignments.requires_grad and not method.weights.requires_grad
+    method.on_epoch_start(data, 1)
+    assert not torch.equal(method.assignments, before[0])
+    assert method.classifier.weight.requires_grad and method.classifier.weight.is_leaf
+
+
 def test_seeds_of_the_data_decide() -> None:
     weights = []
     for seed in (0, 0, 1):

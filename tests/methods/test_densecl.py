@@ -135,6 +135,34 @@ def test_teacher_has_no_gradient_and_follows() -> None:
     torch.testing.assert_close(method.teacher_heads.cell[0].bias, start + 0.1)
 
 
+def test_gradient_into_the_keys_would_be_another_one() -> None:
+    """Of both losses, with keys by the network itself, which the teacher still equals."""
+    for share in (0.0, 1.0):
+        method, batch = method_of(dense_share=share), batch_of()
+        first, second = method.preview(batch).values()
+        queue = (method.cell_queue if share else method.view_queue).embeddings.clone()
+        weight = method.encoder.body["conv1"][0].weight
+
+        def loss(
+            stop: bool, method: DenseCL = method, views: Any = (first, second), share: float = share, queue: Any = queue
+        ) -> Tensor:
+            maps = [method.encoder(view) for view in views]
+            query, key = (method.heads.whole(m.mean((2, 3)))[:, None] for m in maps)
+            if share:
+                tables = [m.flatten(2).transpose(1, 2) for m in maps]
+                query, key = (method.heads.cell(table) for table in tables)
+                partner = partners(tables[0].detach(), tables[1].detach())
+                key = key.gather(1, partner[:, :, None].expand(-1, -1, key.shape[2]))
+            return dense_loss(query, key.detach() if stop else key, queue, 0.2)
+
+        trained, stopped, flowing = (
+            torch.autograd.grad(value, weight)[0]
+            for value in (method.loss(batch, STEP)["loss"], loss(True), loss(False))
+        )
+        assert (trained - stopped).norm() < 1e-3 * stopped.norm()
+        assert (trained - flowing).norm() > 0.1 * stopped.norm()
+
+
 def test_step_is_one_graph() -> None:
     method, other, batch = method_of(), method_of(), batch_of()
     compiled = torch.compile(other.loss, fullgraph=True, backend="eager", dynamic=False)

@@ -107,6 +107,29 @@ def test_teacher_has_no_gradient_and_follows() -> None:
     torch.testing.assert_close(method.teacher.norm.bias, torch.full((128,), 0.1))
 
 
+def test_gradient_into_the_targets_would_be_another_one() -> None:
+    """The teacher still equals the network: its features by the network itself give the same loss, and another gradient
+    as soon as it may flow into them."""
+    method, batch = method_of(), batch_of()
+    (seen, asked), view, encoder = method.places(batch.seeds), method.view(batch), method.encoder
+    weight = encoder.embedding.weight
+
+    def slope(stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = as_tokens(encoder.placed(encoder.embed(encoder.normalise(view))))
+        predicted = method.predictor(encoder.encode_tokens(take_tokens(tokens, seen)), seen, asked)
+        features = torch.nn.functional.layer_norm(as_tokens(encoder(view)), (128,))
+        target = take_tokens(features, asked.flatten(1)).reshape(predicted.shape)
+        loss = (predicted - (target.detach() if stop else target)).square().mean()
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+    found = method.loss(batch, STEP)["loss"]
+    (trained,) = torch.autograd.grad(found, weight)
+    (value, stopped), (same, flowing) = slope(True), slope(False)
+    assert torch.allclose(found, value) and torch.equal(value, same)
+    assert (trained - stopped).norm() < 1e-3 * stopped.norm()
+    assert (trained - flowing).norm() > 0.1 * stopped.norm()
+
+
 def test_step_is_one_graph() -> None:
     method, batch = method_of(blocks=2), batch_of()
     compiled = torch.compile(method.loss, fullgraph=True, backend="eager", dynamic=False)

@@ -114,6 +114,29 @@ def test_no_gradient_through_the_neighbour(make_method: Any, make_batch: Any) ->
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.encoder.parameters())
 
 
+def test_gradient_through_the_neighbour_would_be_another_one(make_method: Any, make_batch: Any) -> None:
+    """As if the neighbour moved with the embedding that found it."""
+    method, batch = make_method(NNCLR), make_batch(range(6))
+    views, queue = torch.cat(tuple(method.preview(batch).values())), method.queue.embeddings.clone()
+    weight = method.projector[0].weight
+
+    def slope(stop: bool) -> Tensor:
+        embeddings = method.projector(method.encoder.pool(method.encoder(views)))
+        predictions = method.predictor(embeddings).chunk(2)
+        total = torch.zeros(())
+        for each, prediction in zip(embeddings.chunk(2), reversed(predictions), strict=True):
+            found = nearest(each, queue)
+            moving = found + unit_rows(each) - unit_rows(each).detach()
+            total = total + nnclr_loss(found if stop else moving, prediction, 0.1) / 2
+        grad: Tensor = torch.autograd.grad(total, weight)[0]
+        return grad
+
+    stopped, flowing = slope(True), slope(False)
+    (trained,) = torch.autograd.grad(method.loss(batch, STEP)["loss"], weight)
+    assert (trained - stopped).norm() < 1e-4 * stopped.norm()
+    assert (trained - flowing).norm() > 0.1 * stopped.norm()
+
+
 def test_prepare_shortens_the_queue(make_method: Any, make_batch: Any) -> None:
     method = make_method(NNCLR)
     method.prepare(Batches(make_batch(range(24)).images, None, batch_size=8, seed=0, device=torch.device("cpu")))

@@ -29,6 +29,18 @@ def test_each_rotation_once_and_by_the_angle_it_says() -> None:
         assert torch.equal(image[0], expected)
 
 
+def test_labels_are_balanced_in_every_batch() -> None:
+    """Whatever the network says, each image meets each turn once: scores that favour one turn are right in a quarter."""
+    method = Rotation(build("convnet_small", INFO), Rotation.Config(), INFO)
+    images = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
+    batch = Batch(images, None, torch.arange(7), hash_seeds(0, 0, torch.arange(7)))
+    for turn in range(4):
+        with torch.no_grad():
+            method.head.weight.zero_()
+            method.head.bias.copy_(torch.eye(4)[turn])
+        assert float(method.loss(batch, torch.tensor(0))["top1"]) == 0.25
+
+
 def test_it_learns_upright_from_turned() -> None:
     torch.manual_seed(0)
     method = Rotation(build("convnet_small", INFO), Rotation.Config(), INFO)
