@@ -1,6 +1,10 @@
 """What an evaluator works on: a private copy of the encoder, its features, the label budget and the training loop.
 
 Features are extracted once per split for all readouts and cached; the test split is opened on first use only.
+
+An evaluator is trusted with arrays, so a determined one can cheat; what goes wrong by itself cannot pass: the encoder is
+compared with the one that was handed out, labels come from the budget only, nothing is trained by the lent loop once the
+test labels were read, and a test top-1 must be that of the predictions beside it.
 """
 
 from __future__ import annotations
@@ -17,10 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness import pretrain
+from harness import fingerprint, pretrain
 from harness.augment import hash_seeds, mix, stream_key
 from harness.batches import Batches, place
-from harness.contracts import Config, Dataset, DatasetInfo, Encoder, HarnessError, LabelBudget, Split, TrainingOutcome
+from harness.contracts import (
+    Config,
+    Dataset,
+    DatasetInfo,
+    Encoder,
+    Evaluation,
+    HarnessError,
+    LabelBudget,
+    Split,
+    TrainingOutcome,
+)
 from harness.mapped import select
 from harness.optim import OptimConfig, ScheduleConfig
 from harness.step import Mode
@@ -119,6 +133,8 @@ class Task:
     note: Callable[[str], None] = lambda _: None
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     view_corruptions: tuple[str, ...] = ()
+    trains_encoder: bool = True  # as the evaluator declares
+    test_labels_read: bool = field(default=False, init=False)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the arm was trained in."""
@@ -135,6 +151,8 @@ class Task:
         return self.label_budget
 
     def _indices(self, split: str) -> Tensor:
+        if split not in ("train", "test", "pretrain"):
+            raise HarnessError(f"an evaluator sees train (its label budget), test and pretrain, not {split!r}")
         if split == "train":
             return torch.from_numpy(np.asarray(self.budget.indices, dtype=np.int64))
         count = len(self.material.pretrain_images if split == "pretrain" else self.material.split(split))
@@ -151,9 +169,12 @@ class Task:
         return place(select(self._source(split), self._indices(split)), self.device)
 
     def labels(self, split: str) -> np.ndarray:
+        if split not in ("train", "test"):
+            raise HarnessError(f"an evaluator sees labels of train (its label budget) and of test, not of {split!r}")
         labels = self.material.split(split).labels
         if labels is None:
             raise HarnessError(f"data set '{self.info.name}' has no labels in its {split} split")
+        self.test_labels_read |= split == "test"
         return labels[self._indices(split)].numpy()
 
     def trainer(
@@ -170,6 +191,12 @@ class Task:
         schedule: Config,
     ) -> TrainingOutcome:
         """The one training loop on `images` and `labels`; its states lie under this evaluation's own folder."""
+        if self.test_labels_read:
+            raise HarnessError("the test labels were read before the training was over: the test split is opened once, at "
+                               "the end, or the best epoch would be chosen on it")  # fmt: skip
+        if not self.trains_encoder and any(isinstance(part, Encoder) for part in module.modules()):
+            raise HarnessError("an evaluator that does not declare trains_encoder = True reads a frozen encoder and trains "
+                               "its own head only")  # fmt: skip
         module.to(self.device)
         plan = pretrain.Plan(
             steps, seed, cast(OptimConfig, optim), cast(ScheduleConfig, schedule), self.bf16, self.checkpoint_seconds,
@@ -220,8 +247,32 @@ def extract(encoder: Encoder, images: Tensor, indices: Tensor, device: torch.dev
 
 
 def private_copy(encoder: Encoder) -> Encoder:
-    """A copy that an evaluator may do with as it likes."""
+    """A copy for one evaluation, so that none can disturb the next."""
     return copy.deepcopy(encoder).eval()
+
+
+def check_evaluation(name: str, found: Evaluation, task: Task, encoder: Encoder, weights_sha256: str | None) -> None:
+    """Refuse what evaluator `name` found if it cannot be what its rows would say.
+
+    encoder: the pretrained one, of which task.encoder was a private copy; weights_sha256: as its rows record it
+    """
+    if fingerprint.weights_sha256(task.encoder) != weights_sha256:
+        before, buffers = encoder.state_dict(), {key for key, _ in encoder.named_buffers()}
+        moved = [key for key, now in task.encoder.state_dict().items() if not torch.equal(now, before[key])]
+        what = ", ".join(f"{'buffer' if key in buffers else 'weight'} {key}" for key in moved[:2])
+        raise HarnessError(f"evaluator '{name}' changed the encoder that it was given ({what}): its numbers are not of the "
+                           "frozen encoder; let it work on a copy in eval mode")  # fmt: skip
+    for m in found.measurements:
+        paid = len(task.budget.indices) if m.split == "validation" else None
+        if paid is not None and m.n_test is not None and m.n_test > paid:
+            raise HarnessError(f"evaluator '{name}' validated on {m.n_test:,} images, but its label budget holds {paid:,}: "
+                               "a budget pays for its own validation")  # fmt: skip
+        predicted = found.predictions.get(m.readout or "network")
+        if m.split == "test" and m.metric == "top1" and m.value is not None and predicted is not None:
+            right = float(np.mean(np.asarray(predicted) == task.labels("test")))
+            if abs(right - m.value) > 0.5 / len(predicted):
+                raise HarnessError(f"evaluator '{name}' reports a test top1 of {m.value:.4f}, but its predictions have "
+                                   f"{right:.4f}: a number must be of the network that it is recorded for")  # fmt: skip
 
 
 def describe_budget(budget: LabelBudget | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ from harness.batches import Batches
 from harness.config import Layers, dotted, load_recipe
 from harness.contracts import Encoder, Evaluation, HarnessError, Measurement, Method, Row, Status
 from harness.encoders import set_batch_norm_statistics
-from harness.evaluation import FeatureCache, Task, private_copy
+from harness.evaluation import FeatureCache, Task, check_evaluation, private_copy
 from harness.run_figures import log_evaluation_figures, log_pretraining_figures
 from harness.step import Mode
 
@@ -421,9 +421,11 @@ class ArmRun:
             "graph" if "graph" in arm.config.compile else "off", self.reporter.note,
             {k.removeprefix("method."): v for k, v in dotted(arm.config).items() if k.startswith("method.")},
             arm.plugin.view_corruptions,
+            trains_encoder=evaluator.trains_encoder,
         )  # fmt: skip
         started, clock = _now(), time.monotonic()
         result: Evaluation = evaluator.evaluate(task)
+        check_evaluation(cell.evaluator, result, task, encoder, facts["weights_sha256"])
         timing = {"started_at": started, "finished_at": _now(), "device_seconds": time.monotonic() - clock}
         found = result.measurements
         supervised_here = arm.plugin.supervised and arm.origin is None

@@ -293,7 +293,7 @@ def hierarchical_bootstrap(correct: np.ndarray, level: float = 0.95, draws: int 
     correct: (S, L, N), 0/1 or differences of 0/1, of S seeds with L label draws each on the same N test images.
     Each draw takes S seeds, L label draws of each, and N images, with replacement. The images are drawn once for all seeds,
     because they are the same images (Owen 2007): drawn anew for each seed, the test set's own error would average away. Like
-    every bootstrap it is too narrow for few seeds: about 80 to 85% at three. n of the result is S; below three no interval.
+    every bootstrap it is too narrow for few seeds. n of the result is S; below three no interval.
     """
     array = np.asarray(correct, dtype=float)
     if array.ndim != 3 or not array.size or not np.isfinite(array).all():
