@@ -67,6 +67,7 @@ def test_wheel_works_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
         "from importlib.resources import files\n"
         "assert files('harness.results.reference').joinpath('paper_table1_stl10.csv').is_file()\n"
         "assert files('harness').joinpath('py.typed').is_file()\n"
+        "assert all(files('harness.report').joinpath(f'page.{kind}').is_file() for kind in ('html.j2', 'css', 'js'))\n"
         "print('ok')\n"
     )
     done = run(code, site, tmp_path)

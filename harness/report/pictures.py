@@ -151,7 +151,7 @@ def _embedded(image: Any, kind: str, title: str, alt: str) -> Picture:
     if ending == "webp":
         image.convert("RGB").save(buffer, ending, quality=70)
     else:
-        image.quantize(64).save(buffer, ending, optimize=True)
+        image.quantize(256).save(buffer, ending, optimize=True)
     data = f"data:image/{ending};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Picture(kind, title, data, image.width, image.height, alt)
 
