@@ -6,7 +6,13 @@ Jensen-Shannon estimator (eq. 4) and the encode-and-dot-product critic.
 
 Where we differ: the local features are the cells of the encoder's map and the summary is made by a head that is thrown
 away, so that what is kept is the map, as for every method here; the global term and the match to a prior (eq. 7)
-are left out: DIM(L), their best for classification.
+are left out: DIM(L), their best for classification. Both sides of the critic are plain two-layer networks with batch norm.
+
+It suffers from the quick recipe's SGD at 0.1 (the authors train with Adam), which overrides what a method asks for. MNIST,
+1,000 labels, test top-1 with gap and spatial, seeds 10 and 11: SGD 79.7 / 89.5 and 81.8 / 92.0; AdamW at 0.001 without
+weight decay 83.4 / 92.6 and 84.5 / 93.2; random_init 82.4 / 94.0 and 72.7 / 93.0. With gap it then gains, with the grid it
+does not, though the loss falls from 1.4 (chance) to 0.33 and 7 of 10 summaries find their own map among 128. A guess, not
+tested: places come to say what the whole image shares, its strokes' width and slant, and no longer what is there.
 """
 
 from __future__ import annotations
