@@ -483,6 +483,7 @@ def killed_and_shared(
     return list(cells)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_grid_that_is_killed_and_shared_by_two_commands_has_every_row_once(tmp_path: Path) -> None:
     settings = [word for key, value in (TINY | {"epochs": 20}).items() for word in ("--set", f"{key}={value}")]

@@ -90,7 +90,7 @@ def test_ids_are_unique_and_every_link_lands(document: Document) -> None:
 
 def test_every_section_of_a_workspace_is_there(document: Document) -> None:
     ids = {e["attrs"].get("id") for e in document.all("section")}
-    assert {"warnings", "reading", "boards", "efficiency", "cost", "curves", "pictures", "runs"} <= ids
+    assert {"reading", "boards", "efficiency", "cost", "curves", "pictures", "runs"} <= ids
     titles = [e["text"] for e in document.all("figcaption")]
     for words in ("What the method saw", "First-layer filters", "Nearest neighbours", "Confusion", "Feature map"):
         assert any(words in title for title in titles), words
