@@ -145,5 +145,5 @@ def test_refusals_name_the_numbers() -> None:
         HarnessError, match=r"6 blocks of 3 x 3 patches \(method.scale=0.175\) may leave nothing of 7 x 7"
     ):
         method_of(blocks=6)
-    with pytest.raises(HarnessError, match="its encoder is vit_tiny, not convnet_small"):
+    with pytest.raises(HarnessError, match="its encoder is vit_tiny or vit_small, not convnet_small"):
         IJEPA(build("convnet_small", INFO), IJEPA.Config(), INFO)

@@ -143,5 +143,5 @@ def test_refusals_name_the_numbers() -> None:
     with pytest.raises(HarnessError, match="1 pixel here"):
         method_of(info_of((8, 8), 1))
     method_of(info_of((8, 8), 1), normalised=False)
-    with pytest.raises(HarnessError, match="its encoder is vit_tiny, not convnet_small"):
+    with pytest.raises(HarnessError, match="its encoder is vit_tiny or vit_small, not convnet_small"):
         MAE(build("convnet_small", info_of()), MAE.Config(), info_of())

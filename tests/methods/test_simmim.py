@@ -84,5 +84,5 @@ def test_step_is_one_graph() -> None:
 def test_refusals_name_the_numbers() -> None:
     with pytest.raises(HarnessError, match=r"method.mask=0.001 masks 0 of 7 x 7"):
         method_of(mask=0.001)
-    with pytest.raises(HarnessError, match="its encoder is vit_tiny, not convnet_small"):
+    with pytest.raises(HarnessError, match="its encoder is vit_tiny or vit_small, not convnet_small"):
         SimMIM(build("convnet_small", INFO), SimMIM.Config(), INFO)
