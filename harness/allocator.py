@@ -2,7 +2,7 @@
 
 glibc hands blocks above 32 MiB, and what is free at the top of its heap, back to the kernel at once; the next step then
 gets them as untouched pages, each of which costs a fault and a clearing. One bf16 step of ResNet-18 on 128 images of
-96 px made 65,000 faults and spent a tenth of its time on them (docs/speed.md). Numbers are not affected.
+96 px made 80,000 faults and spent a tenth of its time on them (docs/speed.md). Numbers are not affected.
 Source: the GNU C Library manual, "Malloc Tunable Parameters".
 """
 
