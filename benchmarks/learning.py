@@ -42,7 +42,7 @@ SCRUTINY = STUDY / "scrutiny.json"
 DATASETS, SEEDS, LABELS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}, "10-12", "1000"
 NUM_SEEDS = 3
 EVALUATORS = ["linear_probe", "knn", "representation"]
-LONGER = ("byol", "dino", "lejepa", "mae", "simmim", "ijepa", "dcgan")
+LONGER = ("sc", "byol", "dino", "lejepa", "mae", "simmim", "ijepa", "dcgan")
 IMAGES_SEEN = 4 * 8000
 SMALLEST_CROP = 0.4  # of digits, share of the area
 

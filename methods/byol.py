@@ -49,7 +49,7 @@ class BYOL(Method):
         momentum: float = setting(
             0.99,
             "of the teacher at the start; it rises to 1",
-            source="0.996 for 1000 epochs, 0.99 for 300 (section 3.2, appendix)",
+            source="0.996 for 1000 epochs, 0.99 for 300 (section 3.3, appendix)",
             search=Range(0.9, 0.999),
             ge=0,
             le=1,

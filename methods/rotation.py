@@ -28,6 +28,7 @@ class Rotation(Method):
     idea = "by which quarter turn was the image rotated?"
     source = "Gidaris, Singh & Komodakis, ICLR 2018, arXiv 1803.07728"
     views_per_image = 4
+    view_corruptions = ("rotate",)
 
     class Config(Config):
         shift: int = setting(

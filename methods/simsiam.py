@@ -46,7 +46,7 @@ class SimSiam(Method):
         bottleneck: int = setting(
             64,
             "hidden units of the predictor",
-            source="512: a quarter of its outputs (section 4.4)",
+            source="512: a quarter of its outputs (section 3)",
             search=Choice((32, 64, 128)),
             ge=1,
         )
