@@ -93,7 +93,12 @@ class IJEPA(Method):
     class Config(Config):
         blocks: int = setting(4, "target blocks of an image", source="4 (section 3)", search=Choice((1, 2, 4)), ge=1)
         scale: float = setting(
-            0.175, "share of the patches in a block", source="0.15 to 0.2 (section 3)", search=Range(0.1, 0.2), gt=0, lt=1
+            0.175,
+            "share of the patches in a block",
+            source="0.15 to 0.2 (section 3)",
+            search=Range(0.1, 0.2),
+            gt=0,
+            lt=1,
         )
         momentum: float = setting(
             0.99, "of the target encoder at the start; it rises to 1", source="0.996 with 100,000 steps", ge=0, le=1
