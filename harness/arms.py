@@ -483,13 +483,15 @@ def _identity(
     """Every setting that can change the weights. What trains nothing does not depend on how it would be trained."""
     settings = dotted(config)
     shared: tuple[str, ...] = ("seed", "data.", "method.", "num_threads")
-    if own_encoder(name, config, info) is None:
+    own = own_encoder(name, config, info)
+    if own is None:
         shared += ("encoder.",)
     if plugin.trains:
         shared += ("epochs", "batch_size", "precision", "compile", "accumulate", "activation_checkpointing")
         shared += ("optim.", "schedule.")
     expression = config.data.pretrain_split or info.pretrain_split
     opened = expression.split("+") + (["train"] if labelled is not None else [])
+    revision = encoders.revision(config.encoder.name if own is None else own().name)
     return {
         "method": name,
         "settings": {k: v for k, v in settings.items() if k.startswith(shared) and k != "method_name"},
@@ -500,6 +502,7 @@ def _identity(
         "device": device.type,
         "deterministic": request.deterministic and device.type == "cuda",
         "numbers_version": fingerprint.NUMBERS_VERSION,
+        **({} if revision is None else {"encoder_revision": revision}),
     }
 
 

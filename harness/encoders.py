@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from harness.contracts import Batch, Config, DatasetInfo, Encoder, HarnessError, setting
 from harness.conv_encoder import ConvEncoder
 from harness.receptive_field import output_side, windowed
-from harness.vit import SIZES, ViTEncoder
+from harness.vit import REVISION, SIZES, ViTEncoder
 
 
 class EncoderConfig(Config):
@@ -222,6 +222,12 @@ def about(name: str) -> str:
 def names() -> tuple[str, ...]:
     """Encoders that need no prefix; besides these there are `torchvision:NAME` and `timm:NAME`."""
     return OWN_NAMES
+
+
+def revision(name: str) -> int | None:
+    """Of the arithmetic of a network, where that has changed since NUMBERS_VERSION was last bumped: only runs that use it
+    become other runs."""
+    return REVISION if name in SIZES else None
 
 
 def same_kind(name: str, other: str) -> bool:

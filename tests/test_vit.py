@@ -10,7 +10,7 @@ from torch import nn
 
 from harness.contracts import DatasetInfo
 from harness.encoders import build, multiply_adds
-from harness.vit import Attention, ViTEncoder, as_tokens, patch_side, sine_positions, take_tokens
+from harness.vit import Attention, ViTEncoder, as_tokens, attend, patch_side, sine_positions, take_tokens
 
 INFO = DatasetInfo(
     name="toy", title="Toy", classes=tuple("abc"), image_size=(28, 28), channels=1, mean=(0.3,), std=(0.2,),
@@ -77,6 +77,22 @@ def test_attention_is_the_written_sum() -> None:
                 scores = torch.stack([query[b, q, head] @ key[b, n, head] / 2 for n in range(5)]).softmax(0)
                 answers[b, q, head] = sum(scores[n] * value[b, n, head] for n in range(5))
     torch.testing.assert_close(layer(asking, asked), layer.out(answers))
+
+
+@pytest.mark.parametrize("queries", [1, 12])
+def test_attention_in_bf16_is_that_of_float64_but_for_rounding(queries: int) -> None:
+    """Values and gradients, both of as many queries as tokens and of one (the class token)."""
+    torch.manual_seed(0)
+    drawn = [torch.randn(3, 2, count, 8, dtype=torch.bfloat16) for count in (queries, 12, 12)]
+    found, expected = [], []
+    for dtype, out in ((torch.bfloat16, found), (torch.float64, expected)):
+        query, key, value = (part.clone().to(dtype).requires_grad_() for part in drawn)
+        answers = attend(query, key, value)
+        answers.square().sum().backward()
+        assert answers.dtype == dtype
+        out += [part.double() for part in (answers.detach(), query.grad, key.grad, value.grad) if part is not None]
+    for mine, exact in zip(found, expected, strict=True):
+        assert (mine - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 def test_positions_differ_and_stretch_to_views_of_another_size() -> None:
