@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from harness import durable
-from harness.contracts import HarnessError, Row
+from harness.errors import HarnessError
+from harness.rows import Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,6 +121,7 @@ def load_rows(folder: str | Path) -> pd.DataFrame:
 
 _ROW_FILE = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}")
 _REQUIRED = {name for name, info in Row.model_fields.items() if info.is_required()}
+_FIELDS = set(Row.model_fields)
 _OPTIONAL = {name: info.default for name, info in Row.model_fields.items() if not info.is_required()}
 
 
@@ -132,6 +134,7 @@ def _frame_of(paths: Iterable[Path], needs_predictions: bool) -> pd.DataFrame:
     columns: dict[str, list[Any]] = {name: [] for name in Row.model_fields}
     words: dict[str, str] = {}  # digests, names and configurations come in many rows: one copy of each
     configs: dict[str, dict[str, Any]] = {}
+    config: dict[str, Any] | None = None
     for path in paths:
         document = _document(path, needs_predictions)
         if document is None:
@@ -140,14 +143,16 @@ def _frame_of(paths: Iterable[Path], needs_predictions: bool) -> pd.DataFrame:
         if not isinstance(rows, list) or not all(_has_the_fields(row) for row in rows):
             warnings.warn(f"{path} holds rows of another format and is ignored", stacklevel=3)
             continue
+        rows = [{**_OPTIONAL, **row} for row in rows]
         for row in rows:
-            row = {**_OPTIONAL, **row}
-            row["config"] = configs.setdefault(repr(row["config"]), row["config"])
-            for name, values in columns.items():
-                value = row[name]
-                values.append(words.setdefault(value, value) if type(value) is str else value)
+            if row["config"] != config:  # the rows of a file mostly share theirs, and comparing is cheaper than repr
+                config = configs.setdefault(repr(row["config"]), row["config"])
+            row["config"] = config
+        for name, values in columns.items():
+            found = [row[name] for row in rows]
+            values.extend([words.setdefault(value, value) if type(value) is str else value for value in found])
     return pd.DataFrame(columns)
 
 
 def _has_the_fields(row: Any) -> bool:
-    return isinstance(row, dict) and row.keys() >= _REQUIRED and row.keys() <= _REQUIRED | _OPTIONAL.keys()
+    return isinstance(row, dict) and row.keys() >= _REQUIRED and row.keys() <= _FIELDS

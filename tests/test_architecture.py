@@ -38,10 +38,12 @@ TIERS: list[set[str]] = [
     {"grid_files"},
     {"pretrain", "config", "budgets", "journal", "figures", "feature_maps"},
     {"step"},
-    {"batches", "checkpoint", "registry", "allocator"},
+    {"batches", "checkpoint", "registry", "allocator", "declarations"},
     {"optim", "encoders", "conv_encoder", "outside_encoders", "vit", "heads", "patches", "receptive_field", "fingerprint",
      "augment", "image_operations", "views", "multi_crop", "durable", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
     {"contracts"},
+    {"rows", "encoder_names"},
+    {"errors"},
     {""},
 ]  # fmt: skip
 PLUGINS = {

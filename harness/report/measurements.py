@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness import registry
-from harness.contracts import HarnessError, Method
+from harness import declarations
+from harness.errors import HarnessError
 from harness.report.boards import Role
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
     found: dict[tuple[Any, ...], Measured] = {}
     collapsed: set[str] = set()
     seconds: dict[str, float] = {}
-    shared: dict[str, dict[str, Any]] = {}  # configurations are few, measurements many
+    shared: dict[Any, Any] = {}  # configurations are few, measurements many
     for place, row in enumerate(_records(rows)):
         if row["collapsed"]:
             collapsed.add(row["pretrain_id"])
@@ -208,22 +208,20 @@ def _whole(value: Any) -> int | None:
 
 def plugins_of(methods: Iterable[str]) -> dict[str, Plugin]:
     """What the installed plugins say of these methods."""
-    loaded: dict[str, type[Method] | None] = {}
+    known: dict[str, dict[str, Any] | None] = {}
     for name in dict.fromkeys(methods):
         try:
-            loaded[name] = registry.load_method(name)
+            known[name] = declarations.of_method(name)
         except (HarnessError, ImportError):
-            loaded[name] = None
-    nulls = {plugin.null_control for plugin in loaded.values() if plugin is not None}
+            known[name] = None
+    nulls = {told["null_control"] for told in known.values() if told is not None}
     out = {}
-    for name, plugin in loaded.items():
-        if plugin is None:
+    for name, told in known.items():
+        if told is None:
             out[name] = Plugin(name, "null control" if name in nulls else "method", "", "", None, None)
             continue
         # a null control whose method is not among the rows is told by its family
-        is_null = name in nulls or (plugin.role is None and plugin.family == "control")
-        role: Role = "null control" if is_null else plugin.role or "method"
-        out[name] = Plugin(
-            registry.title(plugin), role, plugin.family, plugin.tier, getattr(plugin, "year", None), plugin.null_control
-        )
+        is_null = name in nulls or (told["role"] is None and told["family"] == "control")
+        role: Role = "null control" if is_null else told["role"] or "method"
+        out[name] = Plugin(told["title"], role, told["family"], told["tier"], told["year"], told["null_control"])
     return out
