@@ -55,7 +55,7 @@ class Arm:
         """Seeds with a run whose headline came from a fit that had not converged."""
         return tuple(
             seed for seed, cells in sorted(self.seeds.items())
-            if any((split, one.chosen(split)) in one.unconverged for one in cells.values())
+            if any(one.unconverged and (split, one.chosen(split)) in one.unconverged for one in cells.values())
         )  # fmt: skip
 
 

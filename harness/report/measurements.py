@@ -104,7 +104,8 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
     found: dict[tuple[Any, ...], Measured] = {}
     collapsed: set[str] = set()
     seconds: dict[str, float] = {}
-    shared: dict[Any, Any] = {}  # configurations are few, measurements many
+    shared: dict[str, dict[str, Any]] = {}  # configurations are few, measurements many
+    known: dict[tuple[int, bool, bool], tuple[dict[str, Any], str]] = {}
     for place, row in enumerate(_records(rows)):
         if row["collapsed"]:
             collapsed.add(row["pretrain_id"])
@@ -116,7 +117,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
                row["label_seed"], row["fold"])  # fmt: skip
         one = found.get(key)
         if one is None:
-            one = found[key] = _start(row, shared)
+            one = found[key] = _start(row, shared, known)
         one.rows.append(place)
         _add(one, row)
     for one in found.values():
@@ -154,10 +155,19 @@ def _records(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield dict(zip(COLUMNS, values, strict=True))
 
 
-def _start(row: Mapping[str, Any], shared: dict[str, dict[str, Any]]) -> Measured:
-    settings = _settings(row)
-    identity = sys.intern(json.dumps(settings, sort_keys=True, default=str))
-    settings = shared.setdefault(identity, settings)
+def _start(
+    row: Mapping[str, Any],
+    shared: dict[str, dict[str, Any]],
+    known: dict[tuple[int, bool, bool], tuple[dict[str, Any], str]],
+) -> Measured:
+    """shared: {identity: settings}; known: (settings, identity) by what `_settings` is made from, the configuration by its
+    place in memory, since rows that were read together share theirs."""
+    made_from = (id(row["config"]), bool(row["steps"]), _own_encoder(row))
+    if made_from not in known:
+        settings = _settings(row)
+        identity = sys.intern(json.dumps(settings, sort_keys=True, default=str))
+        known[made_from] = shared.setdefault(identity, settings), identity
+    settings, identity = known[made_from]
     return Measured(
         method=row["method"], dataset=row["dataset"], data=_data(row), encoder=row["encoder"], labels=row["labels"],
         evaluator=row["evaluator"], seed=int(row["seed"]), cell=(_whole(row["label_seed"]), _whole(row["fold"])),

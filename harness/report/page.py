@@ -79,8 +79,10 @@ def _rows(frame: pd.DataFrame) -> list[Row]:
         column = frame[name].astype(object)
         values = column.where(column.notna(), None).tolist()
         columns[name] = [None if v is None else int(v) for v in values] if name in _WHOLE else values
+    fields = set(columns)  # one for all rows: a set of its own would be half of what each weighs
     return [
-        Row.model_construct(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
+        Row.model_construct(fields, **dict(zip(columns, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
     ]
 
 
