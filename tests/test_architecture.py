@@ -17,7 +17,7 @@ TIERS: list[set[str]] = [
     {"verbs", "verbs.options", "verbs.report", "verbs.compare", "verbs.bench", "verbs.reproduce"},
     {"grid_console", "reproduction"},
     {"report.page"},
-    {"report.plots", "report.pictures", "report.reproduction"},
+    {"report.plots", "report.pictures", "report.rerun"},
     {"report.assembly", "report.selection", "report.comparison"},
     {"report.entries", "report.lines", "report.published"},
     {"report.measurements", "report.text"},

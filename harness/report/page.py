@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from harness import durable, runs
 from harness.contracts import Row
-from harness.report import charts, pictures, plots, reproduction, typography
+from harness.report import charts, pictures, plots, rerun, typography
 from harness.report.boards import Board, Difference, Entry, Published
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def _run_view(anchor: str, rows: Sequence[Row], facts: Mapping[str, Any] | None)
         "id": anchor, "first": first, "provenance": provenance, "numbers": numbers,
         "splits": [split for split in ("validation", "test", "pretrain") if any(split in found for found in numbers.values())],
         "settings": "\n".join(f"{key} = {value}" for key, value in sorted(config.items())),
-        "commands": reproduction.commands(rows, facts), "finished": max(row.finished_at for row in rows)[:10],
+        "commands": rerun.commands(rows, facts), "finished": max(row.finished_at for row in rows)[:10],
         "subsets": dict.fromkeys((r.labels, r.label_seed, r.label_subset_sha256) for r in rows if r.labels is not None),
         "statuses": ", ".join(dict.fromkeys(row.status for row in rows)),
     }  # fmt: skip
