@@ -4,8 +4,9 @@
 
 The files are real ones from results/studies/quick, repeated under other methods' and seeds' names with values drawn at
 random: synthetic, for timing only, never results. They lie in a temporary workspace that is removed again. Time is the wall
-clock of the whole command in a process of its own, interpreter start included; memory is that process's highest. CPU seconds
-are printed beside it, because on a machine that does other work the wall clock says little.
+clock of the whole command in a process of its own, interpreter start included; memory is the highest of that process and of
+those it reads files with, which have ended when it needs most. CPU seconds, of all of them, are printed beside it, because on
+a machine that does other work the wall clock says little.
 """
 
 from __future__ import annotations

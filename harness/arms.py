@@ -14,7 +14,7 @@ from harness import __version__, durable, encoders, fingerprint, registry, stack
 from harness.augment import hash_seeds, stream_key
 from harness.batches import Batches, MixedBatches, num_labelled
 from harness.budgets import make_budgets
-from harness.config import DEFAULT_EVALUATORS, DataConfig, Layers, RunConfig, build, dotted, resolve
+from harness.config import DataConfig, Layers, RunConfig, build, dotted, resolve
 from harness.contracts import DatasetInfo, Encoder, Evaluator, HarnessError, LabelBudget, Method, Split
 from harness.evaluation import Material, describe_budget, sample_indices
 from harness.images import digest_split
@@ -229,7 +229,7 @@ def make_plan(request: Request, fetch: bool = False, beside: Plan | None = None)
     plugin, _ = registry.load_dataset(request.dataset)
     if request.evaluators is not None and not request.evaluators:
         raise HarnessError(f"--eval names no evaluator; known: {', '.join(registry.names('evaluator'))}")
-    evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or DEFAULT_EVALUATORS)
+    evaluators = tuple(registry.load_evaluator(name).name for name in request.evaluators or registry.DEFAULT_EVALUATORS)
     _refuse_path_separators(request)
     # of an encoder from elsewhere the settings say what it was pretrained on; here those of the controls count
     here = request if request.origin is None else replace(request, pinned=None)

@@ -20,8 +20,6 @@ from harness.contracts import Choice, Config, HarnessError, Range, setting
 from harness.encoders import EncoderConfig
 from harness.optim import OptimConfig, ScheduleConfig
 
-DEFAULT_EVALUATORS = ("linear_probe", "knn", "fine_tune", "representation")
-
 
 class DataConfig(Config):
     """`data.*`: what is pretrained on."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from harness.arms import Arm, Cell
@@ -92,7 +93,7 @@ def print_table(
         if grouped and number and row[0] != before:
             table.add_section()
         before = row[0]
-        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+        table.add_row(*("" if cell is None else Text(str(cell)) for cell in row))
     console().print(table)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.contracts import HarnessError
+from harness.errors import HarnessError
 
 TEMPORARY = ".tmp"
 

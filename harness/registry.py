@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import harness
+from harness.errors import HarnessError
 
 if TYPE_CHECKING:
     from harness.contracts import Dataset, Evaluator, Method
 
 Kind = Literal["method", "dataset", "evaluator"]
+DEFAULT_EVALUATORS = ("linear_probe", "knn", "fine_tune", "representation")  # of a run that names none
 _BASES = {"method": "Method", "dataset": "Dataset", "evaluator": "Evaluator"}
 
 
@@ -42,6 +44,11 @@ def names(kind: Kind) -> tuple[str, ...]:
     return tuple(sorted(files | set(_entry_points(kind))))
 
 
+def is_file(kind: Kind, name: str) -> bool:
+    """Whether the plugin `name` is a file of ours or of an added folder, and no entry point."""
+    return name in names(kind) and name not in _entry_points(kind)
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """`did you mean a, b?` or the whole list, for one-line errors."""
     known = sorted(known)
@@ -51,8 +58,6 @@ def near(word: str, known: Iterable[str]) -> str:
 
 def add_folder(folder: Path) -> None:
     """Register the plugins under `folder`. Raises HarnessError if there are none, or one takes a name already used."""
-    from harness.contracts import HarnessError
-
     folder = folder.resolve()
     if str(folder) in harness.__path__:
         return
@@ -76,7 +81,7 @@ def _load(kind: Kind, name: str) -> type[Any]:
     from harness import contracts
 
     if name not in names(kind):
-        raise contracts.HarnessError(f"unknown {kind} '{name}'; {near(name, names(kind))}")
+        raise HarnessError(f"unknown {kind} '{name}'; {near(name, names(kind))}")
     point = _entry_points(kind).get(name)
     plugin = point.load() if point else import_module(f"harness.{kind}s.{name}")
     base = getattr(contracts, _BASES[kind])
@@ -90,9 +95,7 @@ def _load(kind: Kind, name: str) -> type[Any]:
         ]  # fmt: skip
     if len(classes) != 1:
         found = ", ".join(c.__name__ for c in classes) or "none"
-        raise contracts.HarnessError(
-            f"{kind} '{name}' must define exactly one public {base.__name__} class; found {found}"
-        )
+        raise HarnessError(f"{kind} '{name}' must define exactly one public {base.__name__} class; found {found}")
     return classes[0]
 
 
@@ -111,15 +114,18 @@ def load_evaluator(name: str) -> type[Evaluator]:
 
 def load_dataset(spec: str) -> tuple[type[Dataset], str | None]:
     """`name` or `name:ARGUMENT` -> (class, argument). Raises HarnessError when the argument is missing or unexpected."""
-    from harness.contracts import HarnessError
+    plugin = load("dataset", spec.partition(":")[0])
+    return plugin, argument_of(spec, plugin.takes_argument)
 
+
+def argument_of(spec: str, takes_argument: bool) -> str | None:
+    """The part of a data set's `name:ARGUMENT` after the colon. Raises HarnessError when it is missing or unexpected."""
     name, colon, argument = spec.partition(":")
-    plugin = load("dataset", name)
-    if plugin.takes_argument and not argument:
+    if takes_argument and not argument:
         raise HarnessError(f"data set '{name}' needs an argument: {name}:PATH")
-    if colon and not plugin.takes_argument:
+    if colon and not takes_argument:
         raise HarnessError(f"data set '{name}' takes no argument; leave out ':{argument}'")
-    return plugin, argument or None
+    return argument or None
 
 
 def methods_with_role(role: str) -> tuple[str, ...]:
@@ -129,7 +135,11 @@ def methods_with_role(role: str) -> tuple[str, ...]:
 
 def title(plugin: type[Any]) -> str:
     """First line of the class's docstring, without a full stop."""
-    return (inspect.getdoc(plugin) or plugin.__name__).splitlines()[0].rstrip(".")
+    return first_line(inspect.getdoc(plugin) or plugin.__name__)
+
+
+def first_line(docstring: str) -> str:
+    return docstring.splitlines()[0].rstrip(".")
 
 
 def idea(plugin: type[Method]) -> str:

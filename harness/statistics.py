@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from harness.contracts import HarnessError
+from harness.errors import HarnessError
 
 LEAST_FOR_INTERVAL = 3  # seeds
 LEAST_FOR_WINNER = 6  # seeds: with five, no sign-flip test can reach 0.05
@@ -170,16 +170,25 @@ def sign_flip(differences: Values) -> tuple[float, float]:
     """
     array = _finite(differences)
     n, count = len(array), 2 ** min(len(array), EXACT_SIGN_FLIPS)
-    if n <= EXACT_SIGN_FLIPS:
-        bits = (np.arange(count)[:, None] >> np.arange(n)) & 1
-    else:
-        bits = np.random.default_rng(0).integers(0, 2, (count, n), dtype=np.int8)
-    sums = np.abs((2 * bits - 1) @ array)
+    sums = np.abs(_signs(n) @ array)
     seen = abs(float(array.sum()))
     extreme = int((sums >= seen - SAME - 1e-9 * seen).sum())  # sums of the same terms in other orders round differently
     if n <= EXACT_SIGN_FLIPS:
         return extreme / count, 2 / count
     return (extreme + 1) / (count + 1), max(2 / 2**n, 1 / (count + 1))
+
+
+@lru_cache(maxsize=4)  # a report asks thousands of times for the same few n
+def _signs(n: int) -> np.ndarray:
+    """(count, n) int8 of -1 and 1: all 2^n rows up to EXACT_SIGN_FLIPS, else drawn ones, always the same."""
+    count = 2 ** min(n, EXACT_SIGN_FLIPS)
+    if n <= EXACT_SIGN_FLIPS:
+        bits = ((np.arange(count)[:, None] >> np.arange(n)) & 1).astype(np.int8)
+    else:
+        bits = np.random.default_rng(0).integers(0, 2, (count, n), dtype=np.int8)
+    signs: np.ndarray = 2 * bits - 1
+    signs.flags.writeable = False
+    return signs
 
 
 def equivalence(differences: Values, margin: float) -> float:

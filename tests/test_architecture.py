@@ -17,7 +17,7 @@ TIERS: list[set[str]] = [
     {"verbs", "verbs.options", "verbs.report", "verbs.compare", "verbs.bench", "verbs.reproduce"},
     {"grid_console", "reproduction"},
     {"report.page"},
-    {"report.plots", "report.pictures", "report.reproduction"},
+    {"report.plots", "report.pictures", "report.rerun"},
     {"report.assembly", "report.selection", "report.comparison"},
     {"report.entries", "report.lines", "report.published"},
     {"report.measurements", "report.text"},
@@ -38,10 +38,12 @@ TIERS: list[set[str]] = [
     {"grid_files"},
     {"pretrain", "config", "budgets", "journal", "figures", "feature_maps"},
     {"step"},
-    {"batches", "checkpoint", "registry", "allocator"},
+    {"batches", "checkpoint", "registry", "allocator", "declarations"},
     {"optim", "encoders", "conv_encoder", "outside_encoders", "vit", "heads", "patches", "receptive_field", "fingerprint",
      "augment", "image_operations", "views", "multi_crop", "durable", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
     {"contracts"},
+    {"rows", "encoder_names"},
+    {"errors"},
     {""},
 ]  # fmt: skip
 PLUGINS = {

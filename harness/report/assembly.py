@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from harness import encoders, registry, statistics
-from harness.config import DEFAULT_EVALUATORS
-from harness.contracts import HarnessError
+from harness import declarations, statistics
+from harness.encoder_names import ABOUT
+from harness.errors import HarnessError
+from harness.registry import DEFAULT_EVALUATORS
 from harness.report import published
 from harness.report import warnings as checks
 from harness.report.boards import Board, Difference, Entry
-from harness.report.entries import Arm, arms_of, entry_of, flags_of, paired_values
+from harness.report.entries import Arm, Headlines, arms_of, entry_of, flags_of, paired_values
 from harness.report.measurements import CLEAN, CORRUPTED, Measured, Plugin, label_free, lost, measured, plugins_of
 
 if TYPE_CHECKING:
@@ -145,21 +146,22 @@ def _board(
 ) -> Board:
     split = "test" if any("test" in one.tops for one in members) else "validation"
     arms = {arm.key: arm for arm in arms_of(members)}
-    seeds = tuple(sorted({seed for arm in arms.values() for seed in arm.headlines(split)}))
+    headlines = {key: arm.headlines(split) for key, arm in arms.items()}
+    seeds = tuple(sorted({seed for found in headlines.values() for seed in found}))
     entries: dict[str, Entry] = {}
     for key, arm in arms.items():
         entry = entry_of(arm, plugins[arm.method], split, seeds, encoder)
         if entry is not None:
             entries[key] = replace(entry, flags=flags_of(entry, arm, evaluator))
     best_floor = _best(entry for entry in entries.values() if entry.role == "floor")
-    entries = _Comparisons(arms, entries, split, best_floor, plugins, family).made()
+    entries = _Comparisons(arms, entries, split, best_floor, plugins, family, headlines).made()
     ordered = sorted(entries.values(), key=lambda e: (ORDER.index(e.role), -e.mean, e.key))
     names = {name for entry in ordered for name in entry.readouts}
     verified = all(one.data_verified for one in members)
     counts = [one.n_test for one in members if one.n_test is not None]
     title = f"{_title_of(place.dataset)}, {place.labels} labels: {evaluator} on {encoder}, unlabelled data {place.data}"
     return Board(
-        key="", title=title + (" (a reconstruction)" if "RECONSTRUCTION" in _about(encoder) else ""),
+        key="", title=title + (" (a reconstruction)" if "RECONSTRUCTION" in ABOUT.get(encoder, "") else ""),
         dataset=place.dataset, pretrain_data=place.data, encoder=encoder, labels=place.labels, evaluator=evaluator,
         split=split, metric=CORRUPTED if members[0].metric == CORRUPTED else CLEAN[0],
         n_test=max(counts, default=None), numbers_version=place.numbers_version,
@@ -177,14 +179,11 @@ def _best(entries: Iterable[Entry]) -> Entry | None:
 
 def _title_of(dataset: str) -> str:
     try:
-        plugin, argument = registry.load_dataset(dataset)
+        told, argument = declarations.of_dataset(dataset)
     except HarnessError:  # rows of a data set that is not installed here
         return dataset
-    return f"{plugin.title} {argument}" if argument else plugin.title
-
-
-def _about(encoder: str) -> str:
-    return encoders.about(encoder) if encoder in encoders.names() else ""
+    title: str = told["title"]
+    return f"{title} {argument}" if argument else title
 
 
 def _facts(
@@ -195,7 +194,7 @@ def _facts(
         "value": ", ".join(sorted({one.metric for one in members})),
         "split": f"{split}, {n_test:,} images" if n_test and split == "test" else split,
         "data": f"{'published files' if verified else 'NOT verified as the published files'}, {place.data_sha256[:12]}",
-        "encoder": f"{encoder}: {_about(encoder)}" if _about(encoder) else encoder,
+        "encoder": f"{encoder}: {ABOUT[encoder]}" if encoder in ABOUT else encoder,
         "precision": _each(str(one.settings.get("precision")) for one in members),
         "devices": _each(one.device for one in members),
         "engine": f"numbers version {place.numbers_version}",
@@ -212,7 +211,7 @@ def _each(words: Iterable[str]) -> str:
 
 def _caution(dataset: str) -> str:
     try:
-        caution: str = registry.load_dataset(dataset)[0].caution
+        caution: str = declarations.of_dataset(dataset)[0]["caution"]
     except HarnessError:
         return ""
     return caution
@@ -231,6 +230,7 @@ class _Comparisons:
     best_floor: Entry | None
     plugins: Mapping[str, Plugin]
     family: Family
+    headlines: Mapping[str, Headlines]
 
     def made(self) -> dict[str, Entry]:
         """The entries with their differences; those of the primary family with verdicts."""
@@ -295,7 +295,7 @@ class _Comparisons:
         )  # fmt: skip
 
     def _values(self, key: str, other: str) -> dict[int, float]:
-        return paired_values(self.arms[key], self.arms[other], self.split)
+        return paired_values(self.headlines[key], self.headlines[other])
 
     def _paired(self, key: str, other: str, adjusted: float | None = None) -> statistics.Paired:
         values = self._values(key, other)

@@ -7,9 +7,9 @@ test-set error only"), from the per-image predictions that lie beside the rows.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +24,8 @@ Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One number of both runs, None where a run has not got it; difference: one minus other.
-
-    low, high: 95% interval of the difference over test images; p: McNemar; both None without predictions of both
-    invalid: a fit behind it had not converged
-    """
+class Key:
+    """What makes a number of two runs the same number; label_seed: None where it follows the run's seed."""
 
     evaluator: str
     readout: str | None
@@ -38,6 +34,16 @@ class Reading:
     fold: int | None
     split: str
     metric: str
+
+
+@dataclass(frozen=True)
+class Reading(Key):
+    """One number of both runs, None where a run has not got it; difference: one minus other.
+
+    low, high: 95% interval of the difference over test images; p: McNemar; both None without predictions of both
+    invalid: a fit behind it had not converged
+    """
+
     one: float | None
     other: float | None
     difference: float | None
@@ -108,18 +114,6 @@ def _curves(one: Run, other: Run) -> dict[str, tuple[Curve, Curve]]:
 # ----------------------------------------------------------------------------------------------------------- readings
 
 
-class Key(NamedTuple):
-    """What makes a number of two runs the same number; label_seed: None where it follows the run's seed."""
-
-    evaluator: str
-    readout: str | None
-    labels: str | None
-    label_seed: int | None
-    fold: int | None
-    split: str
-    metric: str
-
-
 def _key(row: Row) -> Key:
     label_seed = None if row.label_seed == row.seed else row.label_seed
     return Key(row.evaluator, row.readout, row.labels, label_seed, row.fold, row.split, row.metric)
@@ -141,7 +135,7 @@ def _readings(one: Run, other: Run, data_dir: Path | None, notes: list[str]) -> 
     truth = _TestLabels(one, other, data_dir, notes)
     order = {"test": 0, "validation": 1, "pretrain": 2}
     out = []
-    for key in sorted(mine.keys() | theirs.keys(), key=lambda k: (order.get(k.split, 3), *map(str, k))):
+    for key in sorted(mine.keys() | theirs.keys(), key=lambda k: (order.get(k.split, 3), *map(str, astuple(k)))):
         rows = [row for row in (mine.get(key), theirs.get(key)) if row is not None]
         difference = low = high = p = None
         if len(rows) == 2:
@@ -151,7 +145,7 @@ def _readings(one: Run, other: Run, data_dir: Path | None, notes: list[str]) -> 
                 low, high, p = truth.judged(*rows)
         one_value, other_value = (row.value if (row := found.get(key)) else None for found in (mine, theirs))
         invalid = any(row.converged is False for row in rows)
-        out.append(Reading(**key._asdict(), one=one_value, other=other_value, difference=difference, low=low, high=high, p=p,
+        out.append(Reading(**vars(key), one=one_value, other=other_value, difference=difference, low=low, high=high, p=p,
                            n_test=rows[0].n_test, invalid=invalid))  # fmt: skip
     return out
 

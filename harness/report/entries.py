@@ -55,7 +55,7 @@ class Arm:
         """Seeds with a run whose headline came from a fit that had not converged."""
         return tuple(
             seed for seed, cells in sorted(self.seeds.items())
-            if any((split, one.chosen(split)) in one.unconverged for one in cells.values())
+            if any(one.unconverged and (split, one.chosen(split)) in one.unconverged for one in cells.values())
         )  # fmt: skip
 
 
@@ -95,9 +95,11 @@ def _label(arms: Sequence[Arm]) -> None:
         arm.label = ", ".join(parts)
 
 
-def paired_values(one: Arm, other: Arm, split: str) -> dict[int, float]:
-    """{seed: mean of `one` minus `other` over the folds and label draws that both have}, for seeds that both have."""
-    mine, theirs = one.headlines(split), other.headlines(split)
+Headlines = dict[int, dict[Cell, float]]  # of one arm, as `Arm.headlines` gives them
+
+
+def paired_values(mine: Headlines, theirs: Headlines) -> dict[int, float]:
+    """{seed: mean of `mine` minus `theirs` over the folds and label draws that both have}, for seeds that both have."""
     out = {}
     for seed in sorted(mine.keys() & theirs.keys()):
         if common := [cell for cell in mine[seed] if cell in theirs[seed]]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness import registry
-from harness.contracts import HarnessError, Method
+from harness import declarations
+from harness.errors import HarnessError
 from harness.report.boards import Role
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
     collapsed: set[str] = set()
     seconds: dict[str, float] = {}
     shared: dict[str, dict[str, Any]] = {}  # configurations are few, measurements many
+    known: dict[tuple[int, bool, bool], tuple[dict[str, Any], str]] = {}
     for place, row in enumerate(_records(rows)):
         if row["collapsed"]:
             collapsed.add(row["pretrain_id"])
@@ -116,7 +117,7 @@ def measured(rows: pd.DataFrame) -> list[Measured]:
                row["label_seed"], row["fold"])  # fmt: skip
         one = found.get(key)
         if one is None:
-            one = found[key] = _start(row, shared)
+            one = found[key] = _start(row, shared, known)
         one.rows.append(place)
         _add(one, row)
     for one in found.values():
@@ -154,10 +155,19 @@ def _records(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield dict(zip(COLUMNS, values, strict=True))
 
 
-def _start(row: Mapping[str, Any], shared: dict[str, dict[str, Any]]) -> Measured:
-    settings = _settings(row)
-    identity = sys.intern(json.dumps(settings, sort_keys=True, default=str))
-    settings = shared.setdefault(identity, settings)
+def _start(
+    row: Mapping[str, Any],
+    shared: dict[str, dict[str, Any]],
+    known: dict[tuple[int, bool, bool], tuple[dict[str, Any], str]],
+) -> Measured:
+    """shared: {identity: settings}; known: (settings, identity) by what `_settings` is made from, the configuration by its
+    place in memory, since rows that were read together share theirs."""
+    made_from = (id(row["config"]), bool(row["steps"]), _own_encoder(row))
+    if made_from not in known:
+        settings = _settings(row)
+        identity = sys.intern(json.dumps(settings, sort_keys=True, default=str))
+        known[made_from] = shared.setdefault(identity, settings), identity
+    settings, identity = known[made_from]
     return Measured(
         method=row["method"], dataset=row["dataset"], data=_data(row), encoder=row["encoder"], labels=row["labels"],
         evaluator=row["evaluator"], seed=int(row["seed"]), cell=(_whole(row["label_seed"]), _whole(row["fold"])),
@@ -208,22 +218,20 @@ def _whole(value: Any) -> int | None:
 
 def plugins_of(methods: Iterable[str]) -> dict[str, Plugin]:
     """What the installed plugins say of these methods."""
-    loaded: dict[str, type[Method] | None] = {}
+    known: dict[str, dict[str, Any] | None] = {}
     for name in dict.fromkeys(methods):
         try:
-            loaded[name] = registry.load_method(name)
+            known[name] = declarations.of_method(name)
         except (HarnessError, ImportError):
-            loaded[name] = None
-    nulls = {plugin.null_control for plugin in loaded.values() if plugin is not None}
+            known[name] = None
+    nulls = {told["null_control"] for told in known.values() if told is not None}
     out = {}
-    for name, plugin in loaded.items():
-        if plugin is None:
+    for name, told in known.items():
+        if told is None:
             out[name] = Plugin(name, "null control" if name in nulls else "method", "", "", None, None)
             continue
         # a null control whose method is not among the rows is told by its family
-        is_null = name in nulls or (plugin.role is None and plugin.family == "control")
-        role: Role = "null control" if is_null else plugin.role or "method"
-        out[name] = Plugin(
-            registry.title(plugin), role, plugin.family, plugin.tier, getattr(plugin, "year", None), plugin.null_control
-        )
+        is_null = name in nulls or (told["role"] is None and told["family"] == "control")
+        role: Role = "null control" if is_null else told["role"] or "method"
+        out[name] = Plugin(told["title"], role, told["family"], told["tier"], told["year"], told["null_control"])
     return out

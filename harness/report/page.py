@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from harness import durable, runs
 from harness.contracts import Row
-from harness.report import charts, pictures, plots, reproduction, typography
+from harness.report import charts, pictures, plots, rerun, typography
 from harness.report.boards import Board, Difference, Entry, Published
 
 if TYPE_CHECKING:
@@ -79,8 +79,10 @@ def _rows(frame: pd.DataFrame) -> list[Row]:
         column = frame[name].astype(object)
         values = column.where(column.notna(), None).tolist()
         columns[name] = [None if v is None else int(v) for v in values] if name in _WHOLE else values
+    fields = set(columns)  # one for all rows: a set of its own would be half of what each weighs
     return [
-        Row.model_construct(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
+        Row.model_construct(fields, **dict(zip(columns, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
     ]
 
 
@@ -321,7 +323,7 @@ def _run_view(anchor: str, rows: Sequence[Row], facts: Mapping[str, Any] | None)
         "id": anchor, "first": first, "provenance": provenance, "numbers": numbers,
         "splits": [split for split in ("validation", "test", "pretrain") if any(split in found for found in numbers.values())],
         "settings": "\n".join(f"{key} = {value}" for key, value in sorted(config.items())),
-        "commands": reproduction.commands(rows, facts), "finished": max(row.finished_at for row in rows)[:10],
+        "commands": rerun.commands(rows, facts), "finished": max(row.finished_at for row in rows)[:10],
         "subsets": dict.fromkeys((r.labels, r.label_seed, r.label_subset_sha256) for r in rows if r.labels is not None),
         "statuses": ", ".join(dict.fromkeys(row.status for row in rows)),
     }  # fmt: skip

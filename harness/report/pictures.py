@@ -70,7 +70,10 @@ def albums(rows: Iterable[Row], workspace: Path, methods: Sequence[str], most_by
     the last methods.
     """
     chosen: dict[tuple[str, str], Row] = {}
-    for row in rows:
+    runs: dict[tuple[str, str, str], Row] = {}
+    for row in rows:  # a folder is looked for once, not for every row of its run
+        runs.setdefault((row.dataset, row.method, row.pretrain_id), row)
+    for row in runs.values():
         key = (row.dataset, row.method)
         if (
             row.method in methods

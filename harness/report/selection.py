@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness import registry
-from harness.contracts import HarnessError
+from harness.errors import HarnessError
 from harness.report.measurements import plugins_of
 
 if TYPE_CHECKING:

@@ -186,6 +186,8 @@ def _short(value: float | None) -> str:
 
 def clean(text: str) -> str:
     """One line without control or invisible characters."""
+    if text.isprintable():  # nearly all are
+        return text
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

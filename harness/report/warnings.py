@@ -7,9 +7,10 @@ A seed that is missing from every method leaves no trace in rows; the list of a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from harness import registry
+from harness import declarations, registry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,15 +35,18 @@ def missing_seeds(rows: pd.DataFrame) -> list[str]:
     """Methods without a number for a seed that another method has, on the same data set and label budget; likewise
     evaluations that a method has at some of its seeds only."""
     out = []
-    for (dataset, labels), here in _measured(rows).groupby(["dataset", "labels"], sort=True):
-        everyone = set(here["seed"])
-        for method, mine in here.groupby("method", sort=True):
-            if lacking := everyone - set(mine["seed"]):
-                out.append(f"{method}: no number for {_seeds(lacking)} that others have ({dataset}, {labels} labels)")
-            for evaluator, part in mine.groupby("evaluator", sort=True):
-                asked = set(here.loc[here["evaluator"] == evaluator, "seed"]) & set(mine["seed"])
-                if lacking := asked - set(part["seed"]):
-                    out.append(f"{method}: no {evaluator} for {_seeds(lacking)} ({dataset}, {labels} labels)")
+    measured = _measured(rows)
+    everyone = _sets(measured, "dataset", "labels", of="seed")
+    own = _sets(measured, "dataset", "labels", "method", of="seed")
+    asked = _sets(measured, "dataset", "labels", "evaluator", of="seed")
+    read = _sets(measured, "dataset", "labels", "method", "evaluator", of="seed")
+    for (dataset, labels, method), parts in groupby(read, key=lambda key: key[:3]):
+        mine = own[dataset, labels, method]
+        if lacking := everyone[dataset, labels] - mine:
+            out.append(f"{method}: no number for {_seeds(lacking)} that others have ({dataset}, {labels} labels)")
+        for *_, evaluator in parts:
+            if lacking := (asked[dataset, labels, evaluator] & mine) - read[dataset, labels, method, evaluator]:
+                out.append(f"{method}: no {evaluator} for {_seeds(lacking)} ({dataset}, {labels} labels)")
     return out
 
 
@@ -58,20 +62,22 @@ def failed_runs(rows: pd.DataFrame) -> list[str]:
 def mixed_versions(rows: pd.DataFrame) -> list[str]:
     """More than one version of a method's or evaluator's code, of the engine, of harness, of torch, or of the data."""
     out = []
-    for (method, evaluator), part in rows.groupby(["method", "evaluator"], sort=True):
-        if part["code_sha256"].nunique() > 1:
+    for (method, evaluator), found in _sets(rows, "method", "evaluator", of="code_sha256").items():
+        if len(found) > 1:
+            part = rows[(rows["method"] == method) & (rows["evaluator"] == evaluator)]
             codes = part["code_sha256"]
-            versions = (f"{code[:8]} ({_seeds(part.loc[codes == code, 'seed'])})" for code in codes.unique())
-            out.append(f"{method}, {evaluator}: several versions of the code: {', '.join(versions)}")
+            each = (f"{code[:8]} ({_seeds(part.loc[codes == code, 'seed'])})" for code in codes.unique())
+            out.append(f"{method}, {evaluator}: several versions of the code: {', '.join(each)}")
     for column, words in (
         ("numbers_version", "the engine"),
         ("harness_version", "harness"),
         ("torch_version", "torch"),
     ):
-        if len(found := sorted(set(rows[column].dropna()))) > 1:
-            out.append(f"several versions of {words}: {', '.join(map(str, found))}")
-    for (dataset, _, split), part in _measured(rows).groupby(["dataset", "pretrain_data", "split"], sort=True):
-        if part["data_sha256"].nunique() > 1:
+        if len(versions := sorted(set(rows[column].dropna()))) > 1:
+            out.append(f"several versions of {words}: {', '.join(map(str, versions))}")
+    digests = _sets(_measured(rows), "dataset", "pretrain_data", "split", of="data_sha256")
+    for (dataset, _, split), found in digests.items():
+        if len(found) > 1:
             out.append(f"{dataset}, {split} rows: several versions of the data")
     return out
 
@@ -91,20 +97,19 @@ def unequal_budgets(rows: pd.DataFrame) -> list[str]:
     """
     out = []
     measured = _measured(rows)
-    beside = {*registry.methods_with_role("control"), *registry.methods_with_role("floor")}
-    for (dataset, labels), here in measured.groupby(["dataset", "labels"], sort=True):
-        trained = here[(here["images_seen"] > 0) & ~here["method"].isin(beside)]
-        seen = {name: sorted(set(trained.loc[trained["method"] == name, "images_seen"])) for name in _names(trained)}
-        if len({count for counts in seen.values() for count in counts}) > 1:
-            each = (f"{method} {' / '.join(f'{count:,.0f}' for count in counts)}" for method, counts in seen.items())
+    trained = measured[(measured["images_seen"] > 0) & ~measured["method"].isin(_beside(measured))]
+    seen = _sets(trained, "dataset", "labels", "method", of="images_seen")
+    subsets = _sets(measured, "dataset", "labels", "seed", "method", of="label_subset_sha256")
+    for dataset, labels in _sets(measured, "dataset", "labels", of="seed"):
+        counts = {method: sorted(found) for (*place, method), found in seen.items() if place == [dataset, labels]}
+        if len({count for found in counts.values() for count in found}) > 1:
+            each = (f"{method} {' / '.join(f'{count:,.0f}' for count in found)}" for method, found in counts.items())
             out.append(f"images seen in pretraining differ ({dataset}, {labels} labels): {', '.join(each)}")
-        apart = []
-        for seed in sorted(set(here["seed"])):
-            part = here[here["seed"] == seed]
-            subsets = {frozenset(part.loc[part["method"] == name, "label_subset_sha256"]) for name in _names(part)}
-            if len(subsets) > 1:
-                apart.append(seed)
-        if apart:
+        given: dict[int, set[frozenset[str]]] = {}
+        for (*place, seed, _), found in subsets.items():
+            if place == [dataset, labels]:
+                given.setdefault(seed, set()).add(frozenset(found))
+        if apart := [seed for seed, found in given.items() if len(found) > 1]:
             out.append(f"methods were given different labelled images at {_seeds(apart)} ({dataset}, {labels} labels)")
     return out
 
@@ -136,6 +141,21 @@ def overlapping(rows: pd.DataFrame) -> list[str]:
 def _measured(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows with a number that labels went into."""
     return rows[rows["value"].notna() & rows["labels"].notna() & rows["split"].isin(("test", "validation"))]
+
+
+def _sets(rows: pd.DataFrame, *key: str, of: str) -> dict[tuple[Any, ...], set[Any]]:
+    """{values of the columns `key`: the values of column `of` beside them}, sorted by key; one pass, where selecting and
+    grouping a table for every question would take most of a report's time."""
+    found: dict[tuple[Any, ...], set[Any]] = {}
+    for *place, value in zip(*(rows[name].tolist() for name in (*key, of)), strict=True):
+        found.setdefault(tuple(place), set()).add(value)
+    return dict(sorted(found.items()))
+
+
+def _beside(rows: pd.DataFrame) -> list[str]:
+    """The controls and floors among the methods of these rows, as far as they are installed."""
+    names = set(rows["method"]) & set(registry.names("method"))
+    return [name for name in names if declarations.of_method(name)["role"] in ("control", "floor")]
 
 
 def _names(rows: pd.DataFrame) -> list[str]:

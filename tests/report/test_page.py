@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from harness import records
-from harness.report import assembly, page, pictures, reproduction
+from harness.report import assembly, page, pictures, rerun
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "img", "input", "br", "link", "hr"}
@@ -302,7 +302,7 @@ def test_the_printed_commands_lead_to_the_same_runs(rows: pd.DataFrame, workspac
     by_run = {identity: group for identity, group in rows.groupby("pretrain_id") if set(group.seed) == {0}}
     assert len(by_run) == 3
     for identity, group in by_run.items():
-        commands = reproduction.commands(page._rows(group), facts.get(str(identity)))
+        commands = rerun.commands(page._rows(group), facts.get(str(identity)))
         assert len(commands) == 2  # one for each label budget
         for command in commands:
             words = shlex.split(command.replace("\\\n", ""))
@@ -316,7 +316,7 @@ def test_the_printed_commands_lead_to_the_same_runs(rows: pd.DataFrame, workspac
 
 def test_a_method_that_is_not_installed_has_all_its_settings(rows: pd.DataFrame) -> None:
     one = page._rows(rows[rows.method == "sc"])[0]
-    (command,) = reproduction.commands([one.model_copy(update={"method": "gone; rm -rf /"})])
+    (command,) = rerun.commands([one.model_copy(update={"method": "gone; rm -rf /"})])
     assert "'gone; rm -rf /'" in command
     assert command.count("--set ") == len(
         [k for k in one.config if k not in ("method_name", "dataset_name", "seed", "stack_seeds")]

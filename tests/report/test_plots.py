@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from harness.contracts import Row
-from harness.report import assembly, page, plots, reproduction
+from harness.report import assembly, page, plots, rerun
 
 MakeRow = Callable[..., dict[str, Any]]
 
@@ -42,7 +42,7 @@ def test_transfer_never_averages_configurations(make_row: MakeRow) -> None:
 
 def test_a_transferred_run_is_made_again_from_its_own_data(make_row: MakeRow) -> None:
     records = [make_row("sc", 0, 0.8), make_row("sc", 0, 0.4, dataset="mnist", pretrain_data="digits:train")]
-    (command,) = reproduction.commands(as_rows(records))
+    (command,) = rerun.commands(as_rows(records))
     assert "--dataset digits" in command and "--transfer mnist" in command
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +48,18 @@ def test_a_workspace_wants_the_predictions_that_rows_speak_of(folder: Path, recw
     kept = records.load_results(folder)
     assert speaking and {f.stem for f in speaking}.isdisjoint(kept["eval_id"])
     assert sum("damaged" in str(warning.message) for warning in recwarn) == len(speaking)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read by one process elsewhere")
+def test_many_files_are_read_by_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = first(folder)
+    file.write_bytes(file.read_bytes().replace(b'"seed": 10', b'"seed": 11', 1))
+    with pytest.warns(UserWarning, match=f"{file} is damaged"):
+        alone = records.load_rows(folder)
+    monkeypatch.setattr(records, "FILES_PER_PROCESS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    with pytest.warns(UserWarning, match=f"{file} is damaged"):
+        pd.testing.assert_frame_equal(records.load_rows(folder), alone)
 
 
 def test_damage_and_other_formats_are_left_out_with_a_warning(folder: Path) -> None:
