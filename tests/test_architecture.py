@@ -14,8 +14,11 @@ ALWAYS = {"numpy", "torch", "__future__"} | set(sys.stdlib_module_names)
 # Modules of the core from the top down; each may import those of lower tiers and of its own.
 TIERS: list[set[str]] = [
     {"cli"},
-    {"verbs", "verbs.options", "verbs.report", "verbs.compare", "verbs.bench", "verbs.reproduce"},
-    {"grid_console", "reproduction"},
+    {"verbs", "verbs.options", "verbs.report", "verbs.compare", "verbs.bench", "verbs.reproduce", "verbs.tune"},
+    {"search"},
+    {"search_workers", "search_files", "grid_console", "reproduction"},
+    {"tuning"},
+    {"trials"},
     {"report.page"},
     {"report.plots", "report.pictures", "report.reproduction"},
     {"report.assembly", "report.selection", "report.comparison"},
@@ -35,7 +38,7 @@ TIERS: list[set[str]] = [
     {"run_figures", "mirror", "mirror_loop", "delivery", "tracking", "runs", "transfer"},
     {"arms"},
     {"evaluation", "provenance", "records", "weights", "stacked", "floor", "statistics"},
-    {"grid_files"},
+    {"grid_files", "search_space", "objectives"},
     {"pretrain", "config", "budgets", "journal", "figures", "feature_maps"},
     {"step"},
     {"batches", "checkpoint", "registry", "allocator"},
