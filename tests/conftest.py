@@ -34,3 +34,9 @@ def published_formats() -> ModuleType:
 def file_server() -> ModuleType:
     """A local HTTP server that misbehaves on request (see tests/support/file_server.py)."""
     return _support("file_server")
+
+
+@pytest.fixture(scope="session")
+def planted_study() -> ModuleType:
+    """Searches with planted values (see tests/support/planted_study.py)."""
+    return _support("planted_study")
