@@ -118,9 +118,9 @@ class _Trial:
             config=params, environment=arms.environment(), parent=search.journal,
         )  # fmt: skip
         runner.open_journals.append(log)
-        self.tell(Began(search.method, trial.number, (self.identity,)))
         status = "INTERRUPTED"
         try:
+            self.tell(Began(search.method, trial.number, (self.identity,)))
             state, values, reason = self._measure(params)
             self._note(reason)
             named = {one.name: value for one, value in zip(search.objectives, values or (), strict=False)}

@@ -221,6 +221,7 @@ def _suggest(trial: optuna.Trial, one: Dimension) -> Any:
 
 def prepare(search: Search) -> optuna.Study:
     """Open the study and make the trials that it lacks of those asked for."""
+    search.request.workspace.mkdir(parents=True, exist_ok=True)
     study = open_study(search)
     for _ in range(search.trials - len(study.get_trials(deepcopy=False))):
         study.enqueue_trial({})
