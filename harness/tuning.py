@@ -96,9 +96,11 @@ def connect(url: str) -> Any:
         address = f"postgresql+psycopg://{rest}"
         options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}  # type: ignore[dict-item]
     try:
-        storage = RDBStorage(
-            address, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
-        )
+        with warnings.catch_warnings():  # heartbeats are called experimental
+            warnings.simplefilter("ignore")
+            storage = RDBStorage(
+                address, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+            )
     except Exception as error:
         raise HarnessError(f"--storage {shown} cannot be reached ({type(error).__name__}); is the address right, and does "
                            "the server run?") from None  # fmt: skip

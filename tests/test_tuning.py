@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +25,7 @@ from harness.arms import Request
 from harness.config import load_recipe
 from harness.contracts import Choice, HarnessError, Range
 from harness.journal import finished as ended
-from harness.journal import journals_folder, lock_path
+from harness.journal import is_alive, journals_folder, lock_path
 from harness.search import Asked, make_searches
 from harness.search_space import Dimension, PairedDraws, SpaceFile, digest, load_space
 from harness.search_workers import work
@@ -399,11 +403,19 @@ def command(workspace: Path, *words: str) -> list[str]:
     return [sys.executable, "-c", "from harness.cli import main; main()", *fixed, *words]
 
 
-def begin(words: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def begun(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, all of which is gone afterwards."""
+    process = subprocess.Popen(
         words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -414,6 +426,8 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def states(storage: str, name: str) -> list[str]:
+    if not Path(storage.removeprefix("sqlite:///")).exists():
+        return []
     try:
         return [t.state for t in tuning.read_trials(storage, name)]
     except HarnessError:
@@ -433,6 +447,14 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie that nobody has waited for."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers under /proc")
@@ -440,18 +462,18 @@ def test_a_killed_worker_and_a_killed_parent_leave_exactly_the_trials_asked_for(
     words = command(tmp_path, "--method", "sc,simclr", "--trials", "4", "--workers", "2", "--set", "epochs=40", "--study", "s",
                     "--confirm-seeds", "1", "--pruner", "none")  # fmt: skip
     storage = tuning.default_storage(tmp_path)
-    first = begin(words)
-    wait_until(lambda: "COMPLETE" in states(storage, "s/sc"), 300)
-    wait_until(lambda: "RUNNING" in states(storage, "s/sc") + states(storage, "s/simclr"), 300)
-    victim = workers_of(first.pid)[0]
-    os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: len(workers_of(first.pid)) == 2 and victim not in workers_of(first.pid), 120)
-    orphans = workers_of(first.pid)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans), 60)
-    second = begin(words)
-    out, _ = second.communicate(timeout=1500)
+    with begun(words) as first:
+        wait_until(lambda: "COMPLETE" in states(storage, "s/sc"), 300)
+        wait_until(lambda: "RUNNING" in states(storage, "s/sc") + states(storage, "s/simclr"), 300)
+        victim = workers_of(first.pid)[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(workers_of(first.pid)) == 2 and victim not in workers_of(first.pid), 120)
+        orphans = workers_of(first.pid)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        wait_until(lambda: not any(alive(pid) for pid in orphans), 60)
+    with begun(words) as second:
+        out, _ = second.communicate(timeout=1500)
     assert second.returncode == 0, out
     for method in ("sc", "simclr"):
         assert len(states(storage, f"s/{method}")) == 4
@@ -486,7 +508,7 @@ def eight_by_twenty(workspace: Path, *words: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_eight_workers_share_a_sqlite_study(tmp_path: Path) -> None:
-    process = begin(eight_by_twenty(tmp_path))
-    out, _ = process.communicate(timeout=3500)
+    with begun(eight_by_twenty(tmp_path)) as process:
+        out, _ = process.communicate(timeout=3500)
     assert process.returncode == 0, out
     assert states(tuning.default_storage(tmp_path), "many/random_init") == ["COMPLETE"] * 160
