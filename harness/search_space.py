@@ -164,7 +164,8 @@ def make_space(
         for key, info in settings.items():
             extra: Any = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             search = extra.get("search")
-            if isinstance(search, (Range, Choice)) and (plugin.trains or key.startswith("method.")):
+            varied = key.startswith("method.") or (plugin.trains and not key.startswith("eval."))
+            if isinstance(search, (Range, Choice)) and varied:
                 found[key] = search
         if "optim.lr" in found and config.optim.name == "adamw":
             found["optim.lr"] = ADAMW_RATES
@@ -210,7 +211,8 @@ class PairedDraws:
 
     def share(self, key: str, number: int) -> float:
         """In [0, 1): where in the range of `key` trial `number` looks."""
-        point = qmc.Sobol(len(self._places), scramble=False).fast_forward(number).random(1)[0]
+        sequence = qmc.Sobol(len(self._places), scramble=False)
+        point = (sequence.fast_forward(number) if number else sequence).random(1)[0]
         turn = int(fingerprint.digest([self._seed, key])[:12], 16) / 16**12
         return float((point[self._places[key]] + turn) % 1.0)
 

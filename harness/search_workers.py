@@ -30,7 +30,7 @@ from harness.trials import Measured, Pruned, Search, measure
 
 PATIENCE_SECONDS = 12.0  # after SIGTERM, before a worker is killed
 LOOK_SECONDS = 1.0  # between two looks at trials that others are at work on
-DEATHS = 2  # of workers with the same trial, before the trial is held to be the cause
+DEATHS = 2  # of workers with the same trial, before the trial is held to be the cause; or before they had one
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class _Trial:
             config=params, environment=arms.environment(), parent=search.journal,
         )  # fmt: skip
         runner.open_journals.append(log)
-        self.tell(Began(search.method, trial.number, (self.identity,)))
         status = "INTERRUPTED"
         try:
+            self.tell(Began(search.method, trial.number, (self.identity,)))
             state, values, reason = self._measure(params)
             self._note(reason)
             named = {one.name: value for one, value in zip(search.objectives, values or (), strict=False)}
@@ -214,7 +214,7 @@ class Workers:
         self._searches, self._plugins = tuple(searches), plugins
         self._heard: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
         self._workers: list[_Worker] = []
-        self._deaths: dict[tuple[str, int], int] = {}
+        self._deaths: dict[tuple[str, int] | None, int] = {}
         self._count = count
 
     def run(self, on_message: Callable[[Message], None]) -> None:
@@ -251,10 +251,12 @@ class Workers:
     def _lost(self, worker: _Worker, by_name: Mapping[str, Search], studies: Mapping[str, Any],
               on_message: Callable[[Message], None]) -> None:  # fmt: skip
         """Give the trial of a lost worker back; one that several workers were lost with is ended as failed."""
-        if worker.trial is None:
-            raise HarnessError(f"a worker of the search {worker.last_words()}")
-        method, number = worker.trial
         self._deaths[worker.trial] = self._deaths.get(worker.trial, 0) + 1
+        if worker.trial is None:
+            if self._deaths[None] > DEATHS:
+                raise HarnessError(f"a worker of the search {worker.last_words()}")
+            return
+        method, number = worker.trial
         if self._deaths[worker.trial] <= DEATHS:
             tuning.revive(by_name[method], studies[method])
             return

@@ -97,9 +97,11 @@ def connect(url: str) -> Any:
         address = f"postgresql+psycopg://{rest}"
         options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}  # type: ignore[dict-item]
     try:
-        storage = RDBStorage(
-            address, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
-        )
+        with warnings.catch_warnings():  # heartbeats are called experimental
+            warnings.simplefilter("ignore")
+            storage = RDBStorage(
+                address, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+            )
     except Exception as error:
         raise HarnessError(f"--storage {shown} cannot be reached ({type(error).__name__}); is the address right, and does "
                            "the server run?") from None  # fmt: skip
@@ -222,6 +224,7 @@ def _suggest(trial: optuna.Trial, one: Dimension) -> Any:
 
 def prepare(search: Search) -> optuna.Study:
     """Open the study and make the trials that it lacks of those asked for."""
+    search.request.workspace.mkdir(parents=True, exist_ok=True)
     study = open_study(search)
     for _ in range(search.trials - len(study.get_trials(deepcopy=False))):
         study.enqueue_trial({})
