@@ -32,7 +32,14 @@ def write_search(workspace: Path, document: Mapping[str, Any]) -> Path:
 def trial_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """A trial of tuning.json, of the fields of a harness.tuning.TrialRecord."""
     facts, attrs = {key: value for key, value in record.items() if key != "attrs"}, record["attrs"]
-    wanted = {"reason": None, "seconds": 0.0, "epochs": 0, "seeds": {}, "pretrain_ids": [], "eval_ids": []}
+    wanted: dict[str, Any] = {
+        "reason": None,
+        "seconds": 0.0,
+        "epochs": 0,
+        "seeds": {},
+        "pretrain_ids": [],
+        "eval_ids": [],
+    }
     probes = {str(epochs): value if value == value else None for epochs, value in record["intermediate"].items()}
     values = None if record["values"] is None else list(record["values"])
     return {

@@ -151,8 +151,8 @@ def _expected(study: Study, looks: Looks) -> Plate:
     svg = charts.lines(series, f"Expected best of {study.name}", "trials", _axis(study), markers=most <= MARKED)
     rows = [[str(n), *(typography.value(curve[n - 1] if n <= len(curve) else None, study.metric) for curve in curves.values())]
             for n in range(1, most + 1)]  # fmt: skip
-    caption = ("Best validation value to expect of so many of the trials, in any order (Dodge et al., 2019, without replacement). "
-               "A pruned or failed trial was paid for: it counts as the worst completed one.")  # fmt: skip
+    caption = ("Best validation value to expect of so many of the trials, in any order (Dodge et al., 2019, without "
+               "replacement). A pruned or failed trial was paid for: it counts as the worst completed one.")  # fmt: skip
     return Plate("Expected best against trials", caption, svg, ["trials", *curves], rows)
 
 

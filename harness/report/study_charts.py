@@ -37,7 +37,8 @@ def parallel(found: MethodSearch, value: Callable[[Trial], float], title: str, n
     for place, trial in enumerate(trials):
         spots = [(across(value(trial)), float(heights[0]))]
         spots += [(left + (right - left) * share(facts, trial.params[key]), float(height))
-                  for height, (key, facts) in zip(heights[1:], found.space.items(), strict=True) if key in trial.params]  # fmt: skip
+                  for height, (key, facts) in zip(heights[1:], found.space.items(), strict=True)
+                  if key in trial.params]  # fmt: skip
         rank = len(trials) - place
         kind = "trial best" if rank == 1 else "trial good" if rank <= len(trials) / GOOD else "trial"
         words = f"trial {trial.number}: {number(value(trial))}"
