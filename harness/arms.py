@@ -304,8 +304,8 @@ def _arms(
     material: Material,
     default_encoder: str,
 ) -> Iterator[Arm]:
-    role = "method" if method.role in (None, "outside") else method.role
-    wanted: list[tuple[str, str]] = [(request.method, "trial" if request.parent else role)]
+    own = "method" if method.role in (None, "outside") else str(method.role)
+    wanted: list[tuple[str, str]] = [(request.method, "trial" if request.parent else own)]
     if request.control:
         if method.null_control and request.origin is None:
             wanted.append((method.null_control, "null control"))

@@ -426,7 +426,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def states(storage: str, name: str) -> list[str]:
-    if not Path(storage.removeprefix("sqlite:///")).exists():
+    if storage.startswith("sqlite") and not Path(storage.removeprefix("sqlite:///")).exists():
         return []
     try:
         return [t.state for t in tuning.read_trials(storage, name)]
@@ -512,3 +512,29 @@ def test_eight_workers_share_a_sqlite_study(tmp_path: Path) -> None:
         out, _ = process.communicate(timeout=3500)
     assert process.returncode == 0, out
     assert states(tuning.default_storage(tmp_path), "many/random_init") == ["COMPLETE"] * 160
+
+
+@pytest.mark.postgres
+@pytest.mark.timeout(3600)
+def test_eight_workers_share_a_postgresql_study_across_its_restart(tmp_path: Path, postgres: Any) -> None:
+    with begun(eight_by_twenty(tmp_path, "--storage", postgres.url)) as process:
+        wait_until(lambda: finished_trials(postgres.url) >= 40, 1200)
+        postgres.restart()
+        out, _ = process.communicate(timeout=2400)
+    assert process.returncode == 0 and "secret" not in out, out
+    assert states(postgres.url, "many/random_init") == ["COMPLETE"] * 160
+    assert "secret" not in (search_files.study_folder(tmp_path, "many") / "tuning.json").read_text()
+
+
+def finished_trials(url: str) -> int:
+    try:
+        return states(url, "many/random_init").count("COMPLETE")
+    except Exception:  # the command has not made its tables yet
+        return 0
+
+
+@pytest.mark.postgres
+def test_optuna_alone_opens_a_postgresql_study(base: Request, postgres: Any) -> None:
+    [one] = carried_out(asked(trials=2, storage=postgres.url), base)
+    study = optuna.load_study(study_name=one.name, storage=postgres.url.replace("postgresql:", "postgresql+psycopg:"))
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
