@@ -64,13 +64,14 @@ class Request:
     stacked: tuple[int, ...] | None = None  # seeds that are trained together, where that can be
     origin: Origin | None = None  # of the method's weights, where they were pretrained on another data set
     checkpoint_seconds: float = 10.0
+    parent: str | None = None  # identity of the journal that the method's run stands below: a trial of a search
 
 
 @dataclass(frozen=True)
 class Arm:
     """One pretraining and what is measured on it.
 
-    role: `method`, `null control`, `control` or `floor`
+    role: `method`, `null control`, `control` or `floor`; `trial` for a run of a search, which goes without the method's pictures
     labelled: for a supervised method, the positions in `train` it may see
     origin: where its weights are from, when that is another data set than it is measured on
     """
@@ -303,7 +304,8 @@ def _arms(
     material: Material,
     default_encoder: str,
 ) -> Iterator[Arm]:
-    wanted: list[tuple[str, str]] = [(request.method, "method" if method.role in (None, "outside") else method.role)]
+    own = "method" if method.role in (None, "outside") else str(method.role)
+    wanted: list[tuple[str, str]] = [(request.method, "trial" if request.parent else own)]
     if request.control:
         if method.null_control and request.origin is None:
             wanted.append((method.null_control, "null control"))

@@ -154,16 +154,20 @@ def _still_missing(
 def write_study(workspace: Path, name: str, cells: Iterable[Cell]) -> Path:
     """Add the cells' eval_ids to `results/studies/<name>/study.json`; they are listed before they are measured, so that
     what fails is missed. Raises HarnessError for a name that is no plain file name."""
+    return list_in_study(workspace, name, (eval_id for cell in cells for eval_id in cell.eval_ids))
+
+
+def list_in_study(workspace: Path, name: str, eval_ids: Iterable[str]) -> Path:
+    """Add eval_ids to `results/studies/<name>/study.json`. Raises HarnessError for a name that is no plain file name."""
     if not name or name != Path(name).name or name.startswith("."):
         raise HarnessError(f"--study '{name}' must be a plain name: it is a folder under results/studies")
     path = workspace / "results" / "studies" / name / "study.json"
     with durable.locked(workspace / ".harness" / "locks" / f"study-{name}.lock"):
         known = durable.read_sealed(path) if path.exists() else None
-        ids = {eval_id for cell in cells for eval_id in cell.eval_ids} | set((known or {}).get("eval_ids", ()))
-        document = {"name": name, "eval_ids": sorted(ids)}
+        document = {"name": name, "eval_ids": sorted({*eval_ids, *(known or {}).get("eval_ids", ())})}
         if document != known:
             durable.write_sealed(path, document)
     return path
 
 
-__all__ = ["BenchWatcher", "Report", "carry_out", "write_study"]
+__all__ = ["BenchWatcher", "Report", "carry_out", "list_in_study", "write_study"]

@@ -21,6 +21,8 @@ from harness import registry
 from harness.verbs import bench as bench_verbs
 from harness.verbs import compare, report
 from harness.verbs import reproduce as reproduce_verbs
+from harness.verbs import study as study_verbs
+from harness.verbs import tune as tune_verbs
 from harness.verbs.options import (
     DataDir,
     Eval,
@@ -55,6 +57,8 @@ app.command()(report.report)
 app.command()(compare.compare)
 bench_verbs.register(app)
 reproduce_verbs.register(app)
+tune_verbs.register(app)
+study_verbs.register(app)
 
 
 # click's base of all usage errors, wherever this version of typer keeps it
@@ -101,7 +105,12 @@ def run(
     stack_seeds: Annotated[
         str | None, typer.Option("--stack-seeds", help="Train the seeds together: auto (where it is faster), on, off.")
     ] = None,
-    labels: Labels = "all",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", help="Label budget: all, a count, a fraction like 0.1, Npc per class, or folds (all)."
+        ),
+    ] = None,
     label_seed: LabelSeed = None,
     evaluators: Eval = None,
     recipe: Annotated[
@@ -144,7 +153,7 @@ def run(
     request = Request(
         method=_needed("--method", method, recipes, "method"), dataset=_needed("--dataset", dataset, recipes, "dataset"),
         layers=Layers(recipes, {k: v for k, v in flags.items() if v is not None}, parse_overrides(overrides or [])),
-        workspace=workspace.resolve(), data_dir=data_dir, labels=labels, label_seed=label_seed,
+        workspace=workspace.resolve(), data_dir=data_dir, labels=labels or _labels_of(recipes), label_seed=label_seed,
         evaluators=words(evaluators), device=device, deterministic=deterministic, offline=offline,
         control=not no_control, tracking=tracking, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
@@ -188,6 +197,11 @@ def evaluate(
         labels=labels, label_seed=label_seed, evaluators=words(evaluators), control=not no_control, tracking=tracking,
     )  # fmt: skip
     _carry_out(request, dry_run, as_json)
+
+
+def _labels_of(recipes: list[Any]) -> str:
+    """The label budget that the last recipe names which names one."""
+    return next((recipe.run["labels"] for recipe in reversed(recipes) if "labels" in recipe.run), "all")
 
 
 def _needed(flag: str, value: str | None, recipes: list[Any], key: str) -> str:

@@ -20,6 +20,8 @@ from harness.contracts import Choice, Config, HarnessError, Range, setting
 from harness.encoders import EncoderConfig
 from harness.optim import OptimConfig, ScheduleConfig
 
+COMMAND_KEYS = ("method", "dataset", "labels")  # words of `harness run` that a recipe may say as well
+
 
 class DataConfig(Config):
     """`data.*`: what is pretrained on."""
@@ -140,9 +142,9 @@ def make_recipe(kind: str, name: str, document: Mapping[str, Any]) -> Recipe:
         if method not in registry.names("method"):
             raise HarnessError(f"{kind} '{name}': [method.{method}]: {registry.near(method, registry.names('method'))}")
     run = flatten(document.get("run", {}))
-    for key in ("method", "dataset"):
+    for key in COMMAND_KEYS:
         if not isinstance(run.get(key, ""), str):
-            raise HarnessError(f"{kind} '{name}': {key} must be a name, not {run[key]!r}")
+            raise HarnessError(f"{kind} '{name}': {key} must be text, not {run[key]!r}")
     return Recipe(name, run, {m: flatten(t) for m, t in methods.items()})
 
 
@@ -196,7 +198,7 @@ def resolve(
     merged: dict[str, Any] = {"encoder.name": default_encoder}
     merged.update(plugin.defaults)
     for recipe in layers.recipes:
-        merged.update({key: value for key, value in recipe.run.items() if key not in ("method", "dataset")})
+        merged.update({key: value for key, value in recipe.run.items() if key not in COMMAND_KEYS})
     owner = str(method_settings_of or method) if addressed else method
     merged.update(_methods_of(layers, owner))
     for source in (layers.flags, layers.overrides):

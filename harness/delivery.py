@@ -104,6 +104,9 @@ class Delivery:
             if run_id is not None and not known and not self.store.run_exists(run_id):
                 run_id = None
             if run_id is None:
+                above = path.with_name(f"{start.get('parent')}.jsonl")
+                if above.exists() and self._cursor(above)[0] is None:  # a run can only be put below one that is there
+                    self.deliver(above)
                 run_id, offset = self.store.run_of(start, path.stem), 0
             self._verified.add((self.store.generation, run_id))
             while chunk := list(journals.read(path, offset, limit=_CHUNK)):

@@ -7,7 +7,7 @@ Every combination of a grid (harness.grid_setups) is planned as `harness run` pl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +140,16 @@ def plan_cells(
     return found
 
 
+def cells_of(requests: Iterable[Request], planner: Planner) -> list[Cell]:
+    """The cells of single requests, each once. Raises HarnessError for a request that cannot be met."""
+    gathered: dict[str, Cell] = {}
+    for request in requests:
+        plan = planner.plan(request)
+        for arm in plan.arms:
+            _gather(gathered, arm, plan, Setup(request.method, request.dataset, None))
+    return list(gathered.values())
+
+
 def _gather(gathered: dict[str, Cell], arm: Arm, plan: Plan, setup: Setup) -> None:
     """Add an arm to the cells; one that is there already gets the evaluations that are new."""
     wanted = [
@@ -212,4 +222,4 @@ def standing(workspace: Path, cell: Cell) -> Standing:
     return Standing("missing", tuple(missing))
 
 
-__all__ = ["Cell", "Evaluation", "Planned", "Planner", "Standing", "plan_cells", "standing"]
+__all__ = ["Cell", "Evaluation", "Planned", "Planner", "Standing", "cells_of", "plan_cells", "standing"]

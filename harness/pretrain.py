@@ -65,6 +65,7 @@ class Finished:
 
 
 LogFunction = Callable[[int, dict[str, float], int], None]
+EpochFunction = Callable[[int], None]
 
 
 def train(
@@ -74,15 +75,18 @@ def train(
     folder: Path | None,
     on_log: LogFunction,
     note: Callable[[str], None] = lambda _: None,
+    on_epoch: EpochFunction | None = None,
 ) -> Finished:
     """Optimise `module.loss(batch, step)["loss"]` in place; resume from `folder` if it holds a state.
 
     `on_log(step, means, executed)` is called once per log interval, with the means since the last call, and is the
     only place where the loop waits for the device. A non-finite loss ends training with the weights before it
     (`failed_at`): they are had by going back to the last state and repeating the good steps. `note` hears of it when
-    steps cannot be compiled or captured as planned.
+    steps cannot be compiled or captured as planned. `on_epoch(epochs)` is called after each whole epoch but the last;
+    it may look at the module, must not change it or a generator, and what it raises ends training. Its time is not
+    counted as training's.
     """
-    session = _Session(module, data, plan, folder, on_log, note)
+    session = _Session(module, data, plan, folder, on_log, note, on_epoch)
     try:
         session.restore()
         start = session.state.step
@@ -112,7 +116,9 @@ class _Session:
         folder: Path | None,
         on_log: LogFunction,
         note: Callable[[str], None] = lambda _: None,
+        on_epoch: EpochFunction | None = None,
     ) -> None:
+        self.on_epoch = on_epoch
         self.module, self.data, self.plan, self.folder, self.on_log = module, data, plan, folder, on_log
         groups = module.parameter_groups() if isinstance(module, Method) else [{"params": list(module.parameters())}]
         self.optimizer = optimisers.build(plan.optim, groups)
@@ -169,6 +175,10 @@ class _Session:
             batch, done = self.data.at(state.step), (state.step + 1) / plan.steps
             self.step(batch, state.step, done, plan.optim.lr * factor)
             state.step, counted, executed = state.step + 1, counted + 1, executed + 1
+            if watch and self.on_epoch and state.step % epoch_steps == 0 and state.step < plan.steps:
+                paused = time.monotonic()
+                self.on_epoch(state.step // epoch_steps)
+                began += time.monotonic() - paused
             epoch_ended = plan.schedule.name == "plateau" and state.step % epoch_steps == 0
             if state.step % plan.log_every and state.step < until and not epoch_ended:
                 continue

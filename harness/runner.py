@@ -11,7 +11,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,6 +190,7 @@ class ArmRun:
         self.journal: Any = None
         self.cache = FeatureCache()
         self.failed = False
+        self.on_epoch: Callable[[Encoder, int], None] | None = None  # sees the encoder in training after whole epochs
 
     def locked(self) -> contextlib.AbstractContextManager[object]:
         """Hold the arm against other local processes."""
@@ -317,7 +318,7 @@ class ArmRun:
         return training_batches(self.arm, self.plan.material, self.plan.device)
 
     def _train(self, method: Method) -> pretrain.Finished:
-        arm, device, data = self.arm, self.plan.device, self.training_data()
+        arm, device, data, look = self.arm, self.plan.device, self.training_data(), self.on_epoch
         if data.placement != "resident":
             self.reporter.note(f"{len(data):,} images do not fit on the device: {data.placement} (docs/decisions/008)")
         if device.type == "cuda" and not arm.plugin.graphable:
@@ -329,6 +330,7 @@ class ArmRun:
             self.folder / "state",
             self._logger("pretrain", arm.steps, arm.batch_size),
             self.reporter.note,
+            None if look is None else lambda epoch: look(method.encoder, epoch),
         )
 
     def training_plan(self) -> pretrain.Plan:
@@ -505,7 +507,7 @@ class ArmRun:
             config=dotted(arm.config), environment=environment(),
             datasets=[{"name": f"{info.name}/{split}", "digest": digest, "context": "pretraining"}
                       for split, digest in arm.identity["data"].items()],
-            parent=None if arm is self.plan.arms[0] else self.plan.arms[0].pretrain_id,
+            parent=self.plan.request.parent if arm is self.plan.arms[0] else self.plan.arms[0].pretrain_id,
         )  # fmt: skip
         status = "INTERRUPTED"
         open_journals.append(self.journal)

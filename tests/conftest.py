@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -34,3 +36,17 @@ def published_formats() -> ModuleType:
 def file_server() -> ModuleType:
     """A local HTTP server that misbehaves on request (see tests/support/file_server.py)."""
     return _support("file_server")
+
+
+@pytest.fixture(scope="session")
+def planted_study() -> ModuleType:
+    """Searches with planted values (see tests/support/planted_study.py)."""
+    return _support("planted_study")
+
+
+@pytest.fixture
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server of this test's own (see tests/support/postgres.py); skips where there is none."""
+    server = _support("postgres").serve()
+    yield server
+    server.close()

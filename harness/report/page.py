@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from harness import durable, runs
 from harness.contracts import Row
-from harness.report import charts, pictures, plots, rerun, typography
+from harness.report import charts, pictures, plots, rerun, studies, typography
 from harness.report.boards import Board, Difference, Entry, Published
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def render(boards: Sequence[Board], frame: pd.DataFrame, workspace: Path) -> str
         choices=_choices(boards), first_evaluation=boards[0].evaluator if boards else "",
         efficiency=plots.label_efficiency(boards, styles), cost=plots.cost(boards, styles),
         curves=plots.learning_curves(list(facts.values()), styles), robustness=plots.robustness(boards, rows, styles),
+        searches=studies.views(workspace, styles, {row.dataset for row in rows}),
         matrices=plots.transfer(rows), albums=[_album_view(a) for a in pictures.albums(rows, workspace, methods)],
         published=_published(boards), names=names, num_runs=len(by_run),
         runs=[_run_view(names[key], by_run[key], facts.get(key)) for key in shown],
