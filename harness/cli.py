@@ -24,12 +24,17 @@ from harness.verbs import reproduce as reproduce_verbs
 from harness.verbs import study as study_verbs
 from harness.verbs import tune as tune_verbs
 from harness.verbs.options import (
+    CheckpointSeconds,
     DataDir,
+    Deterministic,
+    Device,
     Eval,
     Json,
     Labels,
     LabelSeed,
+    Offline,
     Plugins,
+    Recipe,
     RunWord,
     Set,
     Tracking,
@@ -113,27 +118,21 @@ def run(
     ] = None,
     label_seed: LabelSeed = None,
     evaluators: Eval = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
-    ] = None,
+    recipe: Recipe = None,
     overrides: Set = None,
     data_dir: DataDir = None,
     image_size: Annotated[int | None, typer.Option("--image-size", help="Side in pixels, for folder: data.")] = None,
     workspace: Workspace = Path("."),
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     compile: Annotated[
         str | None,
         typer.Option("--compile", help="auto, off, graph, compile or compile+graph (default auto: CUDA only)."),
     ] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")
-    ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download missing data.")] = False,
+    deterministic: Deterministic = False,
+    offline: Offline = False,
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the controls and floors.")] = False,
     tracking: Tracking = None,
-    checkpoint_seconds: Annotated[
-        float, typer.Option("--checkpoint-seconds", min=0, help="Save the training state this often.")
-    ] = 10.0,
+    checkpoint_seconds: CheckpointSeconds = 10.0,
     plugins: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve and check everything, print it, write nothing.")
@@ -313,14 +312,12 @@ def profile_(
     encoder: Annotated[str | None, typer.Option("--encoder", help="Network (default: the data set's).")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Fixes initialisation, order and views.")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
-    ] = None,
+    recipe: Recipe = None,
     overrides: Set = None,
     data_dir: DataDir = None,
     image_size: Annotated[int | None, typer.Option("--image-size", help="Side in pixels, for folder: data.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    offline: Annotated[bool, typer.Option("--offline", help="Never download missing data.")] = False,
+    device: Device = "auto",
+    offline: Offline = False,
     steps: Annotated[int, typer.Option("--steps", help="Steps that are timed.")] = 20,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Where the Chrome trace goes (default profile-METHOD-DATASET.json).")

@@ -9,7 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.verbs.options import DataDir, Eval, Json, LabelSeed, Plugins, Set, Tracking, Workspace, add_plugins, words
+from harness.verbs.options import (
+    CheckpointSeconds,
+    DataDir,
+    Deterministic,
+    Device,
+    Eval,
+    Json,
+    LabelSeed,
+    Offline,
+    Plugins,
+    Recipe,
+    Set,
+    Tracking,
+    Workspace,
+    add_plugins,
+    words,
+)
 
 if TYPE_CHECKING:
     from harness.arms import Request
@@ -34,9 +50,7 @@ def bench(
     grid: Annotated[
         str | None, typer.Option("--grid", help="Shipped grid (harness list grids) or FILE.toml; flags win over it.")
     ] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
-    ] = None,
+    recipe: Recipe = None,
     overrides: Set = None,
     budget: Annotated[
         str | None,
@@ -51,15 +65,11 @@ def bench(
     retry_failed: RetryFailed = False,
     data_dir: DataDir = None,
     workspace: Workspace = Path("."),
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")
-    ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download missing data.")] = False,
+    device: Device = "auto",
+    deterministic: Deterministic = False,
+    offline: Offline = False,
     tracking: Tracking = None,
-    checkpoint_seconds: Annotated[
-        float, typer.Option("--checkpoint-seconds", min=0, help="Save the training state this often.")
-    ] = 10.0,
+    checkpoint_seconds: CheckpointSeconds = 10.0,
     plugins: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would run and what it costs; write nothing.")

@@ -18,6 +18,15 @@ Workspace = Annotated[Path, typer.Option("--workspace", help="Folder that holds 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Folder of the data sets (else HARNESS_DATA, else ./data).")
 ]
+Recipe = Annotated[
+    list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download missing data.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Bit-reproducible kernels on CUDA (slower).")]
+CheckpointSeconds = Annotated[
+    float, typer.Option("--checkpoint-seconds", min=0, help="Save the training state this often.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugins", help="Folder with methods/, datasets/ or evaluators/ of yours.")

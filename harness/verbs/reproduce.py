@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.verbs import bench
-from harness.verbs.options import DataDir, Json, Plugins, Tracking, Workspace, add_plugins
+from harness.verbs.options import DataDir, Device, Json, Plugins, Tracking, Workspace, add_plugins
 
 if TYPE_CHECKING:
     from harness.bench import Report
@@ -30,7 +30,7 @@ def reproduce(
     retry_failed: bench.RetryFailed = False,
     data_dir: DataDir = None,
     workspace: Workspace = Path("."),
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     tracking: Tracking = None,
     publish: Annotated[
         Path | None, typer.Option("--publish", help="Folder to copy the rows to, with the table as README.md.")

@@ -12,10 +12,13 @@ import typer
 
 from harness.verbs.options import (
     DataDir,
+    Device,
     Json,
     Labels,
     LabelSeed,
+    Offline,
     Plugins,
+    Recipe,
     Set,
     Tracking,
     Workspace,
@@ -60,14 +63,12 @@ def tune(
     space: Annotated[str | None, typer.Option("--space", help="TOML file of search ranges (docs/tune.md).")] = None,
     labels: Labels = "all",
     label_seed: LabelSeed = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="Shipped recipe or FILE.toml; repeatable, later ones win.")
-    ] = None,
+    recipe: Recipe = None,
     overrides: Set = None,
     data_dir: DataDir = None,
     workspace: Workspace = Path("."),
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    offline: Annotated[bool, typer.Option("--offline", help="Never download missing data.")] = False,
+    device: Device = "auto",
+    offline: Offline = False,
     tracking: Tracking = None,
     plugins: Plugins = None,
     as_json: Json = False,
