@@ -348,7 +348,7 @@ def pareto(result: Result) -> list[int]:
     return [number for number, point in points.items() if not beaten(point)]
 
 
-POOR_AGREEMENT, LEAST_FOR_AGREEMENT = 0.5, 4
+LEAST_FOR_AGREEMENT = 4  # completed trials with a probe after so many epochs
 
 
 def rank_agreement(result: Result) -> dict[str, float]:
@@ -364,13 +364,6 @@ def rank_agreement(result: Result) -> dict[str, float]:
         if len(pairs) >= LEAST_FOR_AGREEMENT and all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
             found[str(epoch)] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     return found
-
-
-def warnings_of(result: Result) -> list[str]:
-    """What a reader of the result should know: rungs that ranked otherwise than the end did."""
-    return [f"{result.search.method}: after {epoch} epochs trials ranked otherwise than at the end (Spearman {rho:+.2f}): "
-            "pruning there may have stopped good ones"
-            for epoch, rho in rank_agreement(result).items() if rho < POOR_AGREEMENT]  # fmt: skip
 
 
 def write(asked: Asked, results: Sequence[Result]) -> Path:
@@ -389,4 +382,4 @@ def write(asked: Asked, results: Sequence[Result]) -> Path:
     return folder
 
 
-__all__ = ["Asked", "Result", "collect", "confirm", "engine_carry", "make_searches", "rescore", "warnings_of", "write"]
+__all__ = ["Asked", "Result", "collect", "confirm", "engine_carry", "make_searches", "rescore", "write"]

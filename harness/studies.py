@@ -238,11 +238,12 @@ def expected_best(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return out
 
 
-def agreement_warnings(found: MethodSearch) -> list[str]:
-    """What a reader should know of a search whose rungs ranked trials otherwise than their ends did."""
-    return [f"{found.method}: after {epochs} epochs trials ranked otherwise than at the end (Spearman {rho:+.2f}): "
+def agreement_warnings(method: str, rank_agreement: Mapping[Any, float]) -> list[str]:
+    """What a reader should know of a search whose rungs ranked trials otherwise than their ends did. rank_agreement: as in
+    `MethodSearch`"""
+    return [f"{method}: after {epochs} epochs trials ranked otherwise than at the end (Spearman {rho:+.2f}): "
             "pruning there may have stopped good ones"
-            for epochs, rho in found.rank_agreement.items() if rho < POOR_AGREEMENT]  # fmt: skip
+            for epochs, rho in rank_agreement.items() if rho < POOR_AGREEMENT]  # fmt: skip
 
 
 def summary(study: Study) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def _summary(found: MethodSearch) -> dict[str, Any]:
             "difference": None if done.gap is None else
             {"mean": done.gap.mean, "low": done.gap.low, "high": done.gap.high, "n": done.gap.n, "verdict": done.gap.verdict},
         },
-        "warnings": agreement_warnings(found),
+        "warnings": agreement_warnings(found.method, found.rank_agreement),
     }  # fmt: skip
 
 

@@ -121,7 +121,11 @@ def markdown(study: Study) -> str:
 
     about = (f"{study.name}: {study.objectives[0]} on {study.dataset}, labels {study.labels}; {study.trials} trials of each "
              f"method, sampler {study.sampler}, validation seeds {', '.join(map(str, study.seeds))}.")  # fmt: skip
-    notes = [f"Warning: {warning}." for one in study.methods for warning in studies.agreement_warnings(one)]
+    notes = [
+        f"Warning: {warning}."
+        for one in study.methods
+        for warning in studies.agreement_warnings(one.method, one.rank_agreement)
+    ]
     words = [about, judged(study), *notes]
     rows = [line(COLUMNS), "|" + "---|" * len(COLUMNS), *map(line, table(study))]
     return "\n".join([*rows, "", *(text.in_markdown(text.clean(word)) for word in words if word)]) + "\n"

@@ -63,7 +63,9 @@ def view(study: Study, styles: Looks) -> View:
     """One search; its methods look as they do on the rest of the page."""
     new = [one.method for one in study.methods if one.method not in styles]
     looks = {**styles, **{method: charts.look(len(styles) + place) for place, method in enumerate(new)}}
-    warnings = [warning for one in study.methods for warning in studies.agreement_warnings(one)]
+    warnings = [
+        warning for one in study.methods for warning in studies.agreement_warnings(one.method, one.rank_agreement)
+    ]
     axis, lines = _table(study)
     plates = [plate for plate in (_history(study, looks), _expected(study, looks)) if plate.svg]
     methods = [_method(one, study, looks[one.method]) for one in study.methods]

@@ -105,7 +105,7 @@ def _print(study: Study) -> None:
     for one in study.methods:
         for reason, count in one.failures.items():
             out.print(clean(f"{one.method}: {count} failed: {reason}"), markup=False)
-        for warning in agreement_warnings(one):
+        for warning in agreement_warnings(one.method, one.rank_agreement):
             out.print(clean(f"warning: {warning}"), markup=False)
 
 

@@ -191,6 +191,7 @@ def _print(asked: Asked, results: list[Result], as_json: bool) -> None:
     from harness import search
     from harness.console import console, print_table
     from harness.statistics import paired
+    from harness.studies import agreement_warnings
 
     if as_json:
         typer.echo(json.dumps(search.document(asked, results)))
@@ -231,7 +232,7 @@ def _print(asked: Asked, results: list[Result], as_json: bool) -> None:
         if failed:
             why = ", ".join(sorted({str(t.attrs.get("reason", "")).partition(":")[0] for t in failed}))
             out.print(f"{result.search.method}: {len(failed)} trials failed ({why})", markup=False)
-        for text in search.warnings_of(result):
+        for text in agreement_warnings(result.search.method, search.rank_agreement(result)):
             out.print(f"warning: {text}", markup=False)
     out.print(
         f"recipes and trials: {first.request.workspace}/results/studies/{first.study}", markup=False, soft_wrap=True
