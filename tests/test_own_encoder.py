@@ -16,7 +16,7 @@ from harness.arms import Arm, Request, build_encoder, make_plan
 from harness.config import Layers, load_recipe
 from harness.contracts import HarnessError
 from harness.runner import run
-from harness.vit import Size
+from harness.vit import REVISION, Size
 
 TRANSFORMERS = ("ijepa", "mae", "simmim")
 FEW: dict[str, Any] = {"data.num_pretrain_images": 16, "batch_size": 8, "precision": "fp32"}
@@ -49,6 +49,8 @@ def test_its_own_encoder_has_one_identity_however_it_comes_about(name: str) -> N
     plain = arm(name)
     assert not any(key.startswith("encoder.") for key in plain.identity["settings"])
     assert arm(name, "vit_tiny").pretrain_id == plain.pretrain_id
+    assert plain.identity["encoder_revision"] == REVISION
+    assert "encoder_revision" not in arm("simclr").identity
     quick = arm(name, recipes=("quick",), epochs=1)
     assert quick.encoder == "vit_tiny" and not any(key.startswith("encoder.") for key in quick.identity["settings"])
 
