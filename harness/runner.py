@@ -341,8 +341,11 @@ class ArmRun:
             arm.config.accumulate, cast(Mode, arm.config.compile),
         )  # fmt: skip
 
-    def _logger(self, phase: str, steps: int, batch_size: int) -> pretrain.LogFunction:
-        last = {"time": time.monotonic()}
+    def _logger(
+        self, phase: str, steps: int, batch_size: int, clock: dict[str, float] | None = None
+    ) -> pretrain.LogFunction:
+        """clock: when something was logged last, shared by trainings that follow one another"""
+        last = {"time": time.monotonic()} if clock is None else clock
 
         def log(step: int, means: dict[str, float], executed: int) -> None:
             now = time.monotonic()
@@ -410,10 +413,11 @@ class ArmRun:
             else f"{cell.evaluator}.fold{cell.budget.fold}"
         )
         loggers: dict[str, pretrain.LogFunction] = {}
+        logged = {"time": time.monotonic()}
 
         def on_steps(key: str, step: int, steps: int, means: dict[str, float], executed: int, batch: int) -> None:
             if key not in loggers:
-                loggers[key] = self._logger(f"{phase}.{key.partition('/')[2]}", steps, batch)
+                loggers[key] = self._logger(f"{phase}.{key.partition('/')[2]}", steps, batch, logged)
             loggers[key](step, means, executed)
 
         task = Task(
