@@ -538,3 +538,18 @@ def test_optuna_alone_opens_a_postgresql_study(base: Request, postgres: Any) -> 
     [one] = carried_out(asked(trials=2, storage=postgres.url), base)
     study = optuna.load_study(study_name=one.name, storage=postgres.url.replace("postgresql:", "postgresql+psycopg:"))
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+
+
+def test_a_trial_that_another_worker_has_finished_is_dropped(base: Request) -> None:
+    [one] = make_searches(asked(trials=1, pruner="none"), base)
+    study = tuning.prepare(one)
+    heard: list[Any] = []
+
+    def tell(message: Any) -> None:
+        heard.append(message)
+        if len(heard) == 1:  # begun: it is held for lost, and somebody else ends it meanwhile
+            tuning.finish(study, optuna.Trial(study, study.get_trials()[0]._trial_id), "COMPLETE", [0.25])
+
+    work([one], tell)
+    assert [(t.state, t.values) for t in records(one)] == [("COMPLETE", (0.25,))]
+    assert not any(isinstance(message, Ended) for message in heard)
