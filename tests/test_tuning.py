@@ -28,7 +28,7 @@ from harness.journal import finished as ended
 from harness.journal import is_alive, journals_folder, lock_path
 from harness.search import Asked, make_searches
 from harness.search_space import Dimension, PairedDraws, SpaceFile, digest, load_space
-from harness.search_workers import work
+from harness.search_workers import Ended, work
 from harness.trials import Search, measure
 
 TINY = {"epochs": 3, "num_threads": 1, "precision": "fp32", "data.num_pretrain_images": 256}
