@@ -90,6 +90,8 @@ def _carry_out(search: Search, study: Any, trial: Any, planner: Planner, tell: T
     with journal.hold(journal.lock_path(workspace, identity), wait_seconds=60.0), tuning.beating(study, trial):
         try:
             ended = _Trial(search, study, trial, planner, tell).run()
+        except tuning.FINISHED_ELSEWHERE:  # it was held for lost, and another worker was quicker
+            return
         except BaseException:
             tuning.release(study, trial._trial_id)
             raise
@@ -189,7 +191,8 @@ def serve() -> None:
     searches: tuple[Search, ...] = pickle.load(sys.stdin.buffer)
 
     def listen() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin: its lock, held by this thread, would turn a traceback into an abort
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     def tell(message: Any) -> None:

@@ -41,6 +41,7 @@ REDUCTION = 3  # asha, hyperband: one trial in so many goes on at a rung, each r
 MEDIAN_LOOKS = 10  # rungs of the median pruner, at most
 WILCOXON_SEEDS = 5  # with fewer the test could stop a trial at its last seed at the earliest
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+FINISHED_ELSEWHERE = UpdateFinishedTrialError  # what writing to a trial raises that is over
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -158,6 +159,12 @@ def _seed(search: Search, *parts: Any) -> int:
 
 
 def _pruner(search: Search) -> Any:
+    with warnings.catch_warnings():  # wilcoxon and hyperband are called experimental
+        warnings.simplefilter("ignore")
+        return _make_pruner(search)
+
+
+def _make_pruner(search: Search) -> Any:
     return {
         "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
         "hyperband": lambda: optuna.pruners.HyperbandPruner(1, _epochs(search), REDUCTION),
@@ -258,16 +265,19 @@ def waiting(study: optuna.Study) -> list[int]:
 
 def claim(search: Search, study: optuna.Study) -> optuna.Trial | None:
     """Take the waiting trial of the lowest number, for this caller alone; None when none of those asked for waits."""
-    for found in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if found.number >= search.trials or spent(study) >= (search.compute or math.inf):
-            return None
-        study._storage.record_heartbeat(found._trial_id)  # first: a claim without one would never go stale
-        try:
-            if study._storage.set_trial_state_values(found._trial_id, TrialState.RUNNING):
-                study.sampler = _sampler(search, found.number)
-                return optuna.Trial(study, found._trial_id)
-        except UpdateFinishedTrialError:
-            continue
+    # On SQLite, Optuna reads a trial's state and sets it in two transactions: workers of a machine ask in turn.
+    lock = journal.lock_path(search.request.workspace, f"{search.journal}-claim")
+    with journal.hold(lock, wait_seconds=PATIENCE_SECONDS):
+        for found in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            if found.number >= search.trials or spent(study) >= (search.compute or math.inf):
+                return None
+            study._storage.record_heartbeat(found._trial_id)  # first: a claim without one would never go stale
+            try:
+                if study._storage.set_trial_state_values(found._trial_id, TrialState.RUNNING):
+                    study.sampler = _sampler(search, found.number)
+                    return optuna.Trial(study, found._trial_id)
+            except UpdateFinishedTrialError:
+                continue
     return None
 
 

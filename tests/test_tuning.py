@@ -28,7 +28,7 @@ from harness.journal import finished as ended
 from harness.journal import is_alive, journals_folder, lock_path
 from harness.search import Asked, make_searches
 from harness.search_space import Dimension, PairedDraws, SpaceFile, digest, load_space
-from harness.search_workers import work
+from harness.search_workers import Ended, work
 from harness.trials import Search, measure
 
 TINY = {"epochs": 3, "num_threads": 1, "precision": "fp32", "data.num_pretrain_images": 256}
@@ -538,3 +538,18 @@ def test_optuna_alone_opens_a_postgresql_study(base: Request, postgres: Any) -> 
     [one] = carried_out(asked(trials=2, storage=postgres.url), base)
     study = optuna.load_study(study_name=one.name, storage=postgres.url.replace("postgresql:", "postgresql+psycopg:"))
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+
+
+def test_a_trial_that_another_worker_has_finished_is_dropped(base: Request) -> None:
+    [one] = make_searches(asked(trials=1, pruner="none"), base)
+    study = tuning.prepare(one)
+    heard: list[Any] = []
+
+    def tell(message: Any) -> None:
+        heard.append(message)
+        if len(heard) == 1:  # begun: it is held for lost, and somebody else ends it meanwhile
+            tuning.finish(study, optuna.Trial(study, study.get_trials()[0]._trial_id), "COMPLETE", [0.25])
+
+    work([one], tell)
+    assert [(t.state, t.values) for t in records(one)] == [("COMPLETE", (0.25,))]
+    assert not any(isinstance(message, Ended) for message in heard)
