@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,11 +52,20 @@ def _declared(kind: registry.Kind, name: str, wanted: tuple[str, ...]) -> dict[s
 
 
 def _in_file(kind: registry.Kind, module: str, wanted: tuple[str, ...]) -> dict[str, Any]:
+    if any(_may_change(line, wanted) for line in _tree(module).body):
+        raise _UnsureError
     names = [node.name for node in _tree(module).body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
     found = [told for name in names if (told := _of_class(module, name, ROOTS[kind], wanted)) is not None]
     if len(found) != 1:
         raise _UnsureError
     return found[0]
+
+
+def _may_change(line: ast.stmt, wanted: tuple[str, ...]) -> bool:
+    """Whether a statement of a module could change a class that was written before: `Name.role = ...`, or any call."""
+    if isinstance(line, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return False
+    return _stores(line, wanted) or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Call))
 
 
 def _of_class(module: str, name: str, root: tuple[str, str], wanted: tuple[str, ...]) -> dict[str, Any] | None:
@@ -75,17 +85,45 @@ def _of_class(module: str, name: str, root: tuple[str, str], wanted: tuple[str, 
 def _own(node: ast.ClassDef, wanted: tuple[str, ...]) -> dict[str, Any]:
     """What the class's own body sets, and its docstring."""
     found: dict[str, Any] = {}
-    for line in node.body:
-        if not isinstance(line, (ast.Assign, ast.AnnAssign)) or line.value is None:
-            continue
-        for target in line.targets if isinstance(line, ast.Assign) else [line.target]:
-            if isinstance(target, ast.Name) and target.id in wanted:
-                try:
-                    found[target.id] = ast.literal_eval(line.value)
-                except ValueError:
-                    raise _UnsureError from None
+    for target, value in (pair for line in node.body for pair in _assigned(line)):
+        if isinstance(target, ast.Name) and target.id in wanted:
+            try:
+                found[target.id] = ast.literal_eval(value)
+            except ValueError:
+                raise _UnsureError from None
+        elif _stores(target, wanted):
+            raise _UnsureError
     doc = ast.get_docstring(node)
     return found if doc is None else {**found, "__doc__": doc}
+
+
+def _assigned(line: ast.stmt) -> Iterator[tuple[ast.AST, ast.expr]]:
+    """(target, value) of a statement in a class's body; `a, b = 1, 2` is two. The statement itself is the target where
+    names could be set in it that cannot be told apart."""
+    if isinstance(line, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return
+    if isinstance(line, ast.AnnAssign):
+        if line.value is not None:
+            yield line.target, line.value
+    elif isinstance(line, ast.Assign):
+        for target in line.targets:
+            if isinstance(target, ast.Tuple) and isinstance(line.value, ast.Tuple):
+                parts = [*target.elts, *line.value.elts]
+                if len(target.elts) == len(line.value.elts) and not any(isinstance(p, ast.Starred) for p in parts):
+                    yield from zip(target.elts, line.value.elts, strict=True)
+                    continue
+            yield target, line.value
+    else:
+        yield line, ast.Constant(None)
+
+
+def _stores(node: ast.AST, wanted: tuple[str, ...]) -> bool:
+    """Whether something in it is set, or deleted, that has one of the wanted names."""
+    for part in ast.walk(node):
+        name = part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else None
+        if name in wanted and not isinstance(part.ctx, ast.Load):  # type: ignore[attr-defined]
+            return True
+    return False
 
 
 def _defined(module: str, base: ast.expr) -> tuple[str, str] | None:

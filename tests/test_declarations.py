@@ -55,6 +55,34 @@ def test_what_a_file_computes_is_asked_of_the_class(tmp_path: Path, monkeypatch:
     assert (told["family"], told["title"], told["role"], told["year"]) == ("Made Up", "Planted", None, None)
 
 
+@pytest.mark.parametrize(
+    ("body", "after"),
+    [
+        ('role, family = "floor", "planted"', ""),
+        ('role = family = "floor"', ""),
+        ('if True:\n        role = "floor"', ""),
+        ('(role, family), tier = ("floor", "planted"), "ported"', ""),
+        ('[role] = ["floor"]', ""),
+        ('family = "planted"', 'Several.role = "floor"'),
+        ('family = "planted"', 'setattr(Several, "role", "floor")'),
+        ('role: str = "floor"', ""),
+        ('family = "planted"\n    for role in ("control", "floor"):\n        pass', ""),
+    ],
+)
+def test_however_it_is_written_it_is_read(
+    body: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "__path__", [*harness.__path__])
+    name = f"several{abs(hash((body, after)))}"
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / f"{name}.py").write_text(
+        'from harness.contracts import Method\n\nclass Several(Method):\n    """Several"""\n'
+        f"    {body}\n    def loss(self, batch, step):\n        raise NotImplementedError\n{after}\n"
+    )
+    registry.add_folder(tmp_path)
+    assert declarations.of_method(name)["role"] == registry.load_method(name).role == "floor"
+
+
 def test_what_is_not_installed_is_an_error() -> None:
     with pytest.raises(HarnessError, match="unknown method 'simclrr'; did you mean simclr"):
         declarations.of_method("simclrr")
