@@ -46,6 +46,8 @@ class Standardiser:
     @classmethod
     def fit(cls, features: Tensor) -> Standardiser:
         """features (n, D) float64."""
+        if features.shape[1] == 0:
+            return cls(features.mean(0), features.new_ones(0))
         mean, scale = features.mean(0), features.std(0, correction=0)
         constant = scale <= 1e-6 * mean.abs().clamp_min(1e-30)  # float32 rounding of a constant is about 1e-7
         return cls(mean, torch.where(constant, 1.0, scale))
@@ -102,7 +104,7 @@ def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor | None]:
     features than rows go through the (n, n) Gram matrix. (features, None) when both sides exceed ROTATED_UP_TO.
     """
     num_rows, width = features.shape
-    if min(num_rows, width) > ROTATED_UP_TO:
+    if min(num_rows, width) > ROTATED_UP_TO or width == 0:  # 0: principal components of features that are all constant
         return features, None
     if width <= num_rows:
         energy, rotation = torch.linalg.eigh(features.T @ features)

@@ -164,6 +164,20 @@ def test_predictions_do_not_depend_on_test_labels(make_task: Any) -> None:
     assert a.chosen == b.chosen
 
 
+def test_an_encoder_that_has_collapsed_to_one_point_predicts_the_commonest_class(make_task: Any) -> None:
+    """All readouts, the principal components of constant features, of which there are none, included."""
+    task = make_task()
+    with torch.no_grad():
+        for parameter in task.encoder.parameters():
+            parameter.zero_()
+        assert task.features("test", "spatial").std(0).max() == 0
+    rows = LinearProbe(LinearProbe.Config()).evaluate(task).measurements
+    commonest = np.bincount(task.labels("train")).argmax()
+    top1 = {row.readout: row.value for row in rows if row.split == "test" and row.metric == "top1"}
+    assert set(top1) == {"gap", "spatial", "spatial_pca"}
+    assert set(top1.values()) == {float((task.test_labels == commonest).mean())}
+
+
 def test_features_that_are_not_finite_become_a_status(make_task: Any) -> None:
     task = make_task("300")
     broken = task.features("train", "gap").clone()
