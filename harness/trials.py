@@ -123,10 +123,10 @@ def measure(
                 except Pruned:
                     checkpoint.discard(run.folder / "state")
                     raise
-    return _gather(search, plan)
+    return _gather(search, plan, outcome.problems)
 
 
-def _gather(search: Search, plan: Plan) -> Measured:
+def _gather(search: Search, plan: Plan, problems: Sequence[str]) -> Measured:
     rows: list[Row] = []
     seconds = cost = 0.0
     eval_ids: list[str] = []
@@ -149,6 +149,8 @@ def _gather(search: Search, plan: Plan) -> Measured:
     whole = [value for value in values if value is not None]
     if reason is None and len(whole) < len(values):
         reason = "FAILED"
+    if reason == "FAILED" and problems:
+        reason = f"FAILED: {problems[0]}"
     arm = plan.arms[0]
     return Measured(plan.seed, tuple(whole) if reason is None else None, reason,
                     tuple(arm.pretrain_id for arm in plan.arms), tuple(eval_ids), seconds,
