@@ -97,7 +97,8 @@ def complete_mnist(bench: Bench, data_dir: Path) -> list[object]:
 
 def part(bench: Bench, name: str, script: list[str], out: Path | None) -> list[object]:
     """Run another benchmark on the device, its tables passed through."""
-    command = [sys.executable, str(HERE / script[0]), "--device", str(bench.device), *script[1:]]
+    effort = ["--rounds", str(bench.rounds), "--min-seconds", str(bench.min_seconds)]
+    command = [sys.executable, str(HERE / script[0]), "--device", str(bench.device), *effort, *script[1:]]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     took = time.perf_counter() - began

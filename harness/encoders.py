@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from harness.batch_norm import BatchNorm2d, InOrder, in_order
 from harness.contracts import Batch, Config, DatasetInfo, Encoder, HarnessError, setting
 from harness.conv_encoder import ConvEncoder
 from harness.encoder_names import ABOUT
@@ -100,11 +101,11 @@ class SequentialEncoder(ConvEncoder):
         if layer.pool:
             parts.append(nn.MaxPool2d(2))
         if self.options.norm == "batch":
-            parts.append(nn.BatchNorm2d(layer.channels))
+            parts.append(BatchNorm2d(layer.channels))
         else:
             parts.append(nn.GroupNorm(max(1, layer.channels // 16), layer.channels))
         parts.append(nn.LeakyReLU(0.1) if self.name == "paper_cifar10" else nn.ReLU())
-        return nn.Sequential(*parts)
+        return InOrder(*parts)
 
     def stages(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         return dict(self.body.items())
@@ -150,9 +151,7 @@ class ResNetEncoder(ConvEncoder):
             self.add_module(child, getattr(model, child))
 
     def _stem(self, images: Tensor) -> Tensor:
-        for child in _STEM:
-            images = self.get_submodule(child)(images)
-        return images
+        return in_order([self.get_submodule(child) for child in _STEM], images)
 
     def stages(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         return {"stem": self._stem, **{name: self.get_submodule(name) for name in _BLOCKS}}
@@ -235,10 +234,10 @@ def build(config: EncoderConfig | str, info: DatasetInfo) -> Encoder:
     if name in SIZES:
         return ViTEncoder(name, info).fit()
     if name in OWN_NAMES:
-        from torchvision import models
+        from harness import resnet
 
         small = name == "resnet18_small"
-        model = models.get_model("resnet18" if small else name, weights=None)
+        model = resnet.make("resnet18" if small else name)
         return ResNetEncoder(name, model, info, small).fit()
     prefix, _, rest = name.partition(":")
     if rest and prefix in ("torchvision", "timm"):

@@ -1,0 +1,144 @@
+"""Batch norm over maps whose channels lie next to each other, on CUDA with the activation that follows in one pass.
+
+torch's own kernels for channels_last maps reach a fraction of the memory's speed and know no activation: on an H200
+they were a third of a step of the paper's CIFAR-10 net (docs/decisions/013). Everywhere else - a CPU, evaluation,
+vmap, a compiler that fuses by itself - `BatchNorm2d` is torch's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+PROGRAMS = 768  # that share a sum over pixels: six for each of an H100's multiprocessors
+ROWS_AT_ONCE = 64
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d, by our kernels where `fits` says so."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        return self.activated(images, 1.0) if fits(self, images) else super().forward(images)
+
+    def activated(self, images: Tensor, slope: float) -> Tensor:
+        """Leaky ReLU of the normalised map; slope: of its negative side, 0 for ReLU, 1 for none. Only where `fits`."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        out: Tensor = _BatchNorm.apply(
+            images, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, slope
+        )
+        return out
+
+
+def in_order(modules: Iterable[nn.Module], images: Tensor) -> Tensor:
+    """The modules one after the other; a batch norm and the (leaky) ReLU behind it are one operation where that `fits`."""
+    left = list(modules)
+    while left:
+        module = left.pop(0)
+        slope = _slope(left[0]) if left else None
+        if isinstance(module, BatchNorm2d) and slope is not None and fits(module, images):
+            images = module.activated(images, slope)
+            del left[0]
+        else:
+            images = module(images)
+    return images
+
+
+class InOrder(nn.Sequential):
+    """nn.Sequential by `in_order`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> what the last module gives."""
+        return in_order(self, images)
+
+
+def _slope(module: nn.Module) -> float | None:
+    if isinstance(module, nn.LeakyReLU):
+        return float(module.negative_slope)
+    return 0.0 if isinstance(module, nn.ReLU) else None
+
+
+def fits(norm: nn.BatchNorm2d, images: Tensor) -> bool:
+    """Whether our kernels can do this pass: training on CUDA, eager or being captured, on a channels_last map."""
+    if torch.compiler.is_compiling() or not (norm.training and images.is_cuda and _has_triton()):
+        return False
+    plain = type(images) is Tensor and not torch._C._functorch.is_batchedtensor(images)
+    return (
+        plain and norm.affine and norm.track_running_stats and norm.momentum is not None
+        and images.dtype in (torch.bfloat16, torch.float16, torch.float32) and norm.weight.dtype == torch.float32
+        and images.numel() > images.shape[1] and images.is_contiguous(memory_format=torch.channels_last)
+    )  # fmt: skip
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _blocks(pixels: int, channels: int) -> tuple[int, int, int, int]:
+    """Channels per program, programs across channels, programs that share the pixels, pixels of each."""
+    block = 64 if channels % 64 == 0 else 32 if channels > 16 else 16
+    across = -(-channels // block)
+    shared = max(1, min(-(-pixels // ROWS_AT_ONCE), PROGRAMS // across))
+    each = -(-pixels // (shared * ROWS_AT_ONCE)) * ROWS_AT_ONCE
+    return block, across, -(-pixels // each), each
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Ioffe & Szegedy 2015, algorithm 1, and its gradient; the map's normalised form is computed twice, not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+        momentum: float, eps: float, slope: float,
+    ) -> Tensor:  # fmt: skip
+        from harness import batch_norm_kernels as kernels
+
+        channels = images.shape[1]
+        pixels = images.numel() // channels
+        block, across, shared, each = _blocks(pixels, channels)
+        partial = torch.empty(2, shared, channels, dtype=torch.float32, device=images.device)
+        mean, scale = torch.empty(2, channels, dtype=torch.float32, device=images.device)
+        out = torch.empty_like(images)
+        kernels.moments[(shared, across)](images, partial, pixels, channels, each, BLOCK_M=ROWS_AT_ONCE, BLOCK_C=block)
+        kernels.statistics[(-(-channels // 16),)](
+            images, partial, mean, scale, running_mean, running_var, pixels, channels, shared, momentum, eps,
+            BLOCK_P=64, BLOCK_C=16,
+        )  # fmt: skip
+        kernels.normalise[(-(-pixels // ROWS_AT_ONCE), across)](
+            images, out, mean, scale, weight, bias, pixels, channels, slope,
+            ACTIVATE=slope != 1, BLOCK_M=ROWS_AT_ONCE, BLOCK_C=block,
+        )  # fmt: skip
+        ctx.save_for_backward(images, weight, bias, mean, scale)
+        ctx.slope = slope
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from harness import batch_norm_kernels as kernels
+
+        images, weight, bias, mean, scale = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        channels = images.shape[1]
+        pixels = images.numel() // channels
+        block, across, shared, each = _blocks(pixels, channels)
+        partial = torch.empty(2, shared, channels, dtype=torch.float32, device=images.device)
+        sums = torch.empty(2, channels, dtype=torch.float32, device=images.device)
+        out = torch.empty_like(images)
+        own: dict[str, Any] = {"ACTIVATE": ctx.slope != 1, "BLOCK_M": ROWS_AT_ONCE, "BLOCK_C": block}
+        kernels.gradient_sums[(shared, across)](
+            images, gradient, partial, mean, scale, weight, bias, pixels, channels, each, ctx.slope, **own
+        )
+        kernels.added_up[(-(-channels // 16), 2)](partial, sums, channels, shared, BLOCK_P=64, BLOCK_C=16)
+        kernels.input_gradient[(-(-pixels // ROWS_AT_ONCE), across)](
+            images, gradient, out, sums, mean, scale, weight, bias, pixels, channels, ctx.slope, **own
+        )
+        return out, sums[1], sums[0], None, None, None, None, None

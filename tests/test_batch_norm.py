@@ -1,0 +1,111 @@
+"""Our batch norm kernels against torch's batch norm and activation in float64; interpreted here, compiled on CUDA."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness import batch_norm
+from harness.batch_norm import BatchNorm2d, InOrder, fits
+
+SHAPES = [(5, 48, 7, 7), (4, 64, 9, 5), (3, 20, 6, 6), (3, 160, 6, 6), (2, 16, 1, 1)]
+ACTIVATIONS = [nn.ReLU(), nn.LeakyReLU(0.1), nn.Identity()]
+CUDA = pytest.mark.gpu
+
+
+def maps(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """A map whose channels have means far from zero, and a gradient for the output."""
+    generator = torch.Generator().manual_seed(0)
+    means = 3 * torch.randn(1, shape[1], 1, 1, generator=generator)
+    images, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+    layout: Any = {"memory_format": torch.channels_last, "dtype": dtype, "device": device}
+    return (2 * images + means).to(**layout), gradient.to(**layout)
+
+
+def pair(channels: int, activation: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
+    """torch's in float64 and ours, the same weights."""
+    theirs = nn.Sequential(nn.BatchNorm2d(channels), activation)
+    norm: Any = theirs[0]
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
+        norm.bias.normal_(generator=torch.Generator().manual_seed(2))
+        norm.running_mean.fill_(0.3)
+    ours = InOrder(BatchNorm2d(channels), copy.deepcopy(activation))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.double(), ours
+
+
+def check(shape: tuple[int, ...], activation: nn.Module, dtype: torch.dtype, device: str) -> None:
+    images, gradient = maps(shape, dtype, device)
+    theirs, ours = (module.to(device) for module in pair(shape[1], activation))
+    expected_in, found_in = images.double().requires_grad_(), images.clone().requires_grad_()
+    expected, found = theirs(expected_in), ours(found_in)
+    expected.backward(gradient.double())
+    found.backward(gradient)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    low = 1e-2 if dtype == torch.bfloat16 else 2e-6
+    pairs = [(found, expected, low), (found_in.grad, expected_in.grad, low)]
+    pairs += [(ours[0].weight.grad, theirs[0].weight.grad, 2e-6), (ours[0].bias.grad, theirs[0].bias.grad, 2e-6)]
+    pairs += [(ours[0].running_mean, theirs[0].running_mean, 2e-6), (ours[0].running_var, theirs[0].running_var, 2e-6)]
+    for one, other, tolerance in pairs:
+        assert one is not None and float((one.double() - other).norm() / other.norm()) < tolerance
+    assert int(ours[0].num_batches_tracked) == 1
+    again = ours.eval()(images.float())
+    torch.testing.assert_close(again.double(), theirs.eval()(images.double()), rtol=1e-4, atol=1e-4)
+
+
+def check_all_interpreted() -> None:
+    batch_norm.PROGRAMS = 6  # so that sums over pixels are shared here too
+    batch_norm.fits = lambda norm, images: norm.training
+    for shape in SHAPES[:4]:
+        for activation in ACTIVATIONS:
+            check(shape, activation, torch.float32, "cpu")
+    check(SHAPES[1], nn.ReLU(), torch.bfloat16, "cpu")
+
+
+def test_values_gradients_and_statistics() -> None:
+    """In a process of its own: Triton interprets kernels where this is set before it is imported."""
+    pytest.importorskip("triton", reason="triton is not installed here")
+    code = "import runpy; runpy.run_path('test_batch_norm.py')['check_all_interpreted']()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_only_training_on_cuda_is_ours() -> None:
+    images = maps(SHAPES[0], torch.float32)[0]
+    norm = BatchNorm2d(48)
+    assert not fits(norm, images)
+    torch.testing.assert_close(norm(images), nn.BatchNorm2d(48)(images), rtol=0, atol=0)
+
+
+@CUDA
+@pytest.mark.parametrize("shape", [*SHAPES, (512, 96, 32, 32), (64, 192, 33, 31)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_cuda(shape: tuple[int, ...], activation: nn.Module, dtype: torch.dtype) -> None:
+    assert fits(BatchNorm2d(shape[1]).cuda(), maps(shape, dtype, "cuda")[0])
+    check(shape, activation, dtype, "cuda")
+
+
+@CUDA
+def test_the_same_bits_twice() -> None:
+    images, gradient = maps((256, 96, 16, 16), torch.bfloat16, "cuda")
+    found = []
+    for _ in range(2):
+        module, own = pair(96, nn.ReLU())[1].cuda(), images.clone().requires_grad_()
+        out = module(own)
+        out.backward(gradient)
+        assert own.grad is not None
+        found.append([out, own.grad, module[0].weight.grad, module[0].running_var])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
