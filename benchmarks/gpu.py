@@ -13,6 +13,7 @@ output goes to --out as well.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -81,16 +82,19 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     return [title, f"{'bf16' if bf16 else 'fp32'}, {step.mode}", batch, first, took, rate, epochs * count / rate, peak]
 
 
-def complete_mnist(bench: Bench, data_dir: Path) -> list[object]:
-    """Wall seconds of one command on real MNIST, and its exit code."""
+def complete_mnist(bench: Bench, data_dir: Path, out: Path | None) -> list[object]:
+    """Wall seconds of one command on real MNIST, and its exit code; its table and rows go to `out`."""
     with tempfile.TemporaryDirectory() as workspace:
-        words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline", "--no-control"]
+        words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline"]
         words += ["--data-dir", str(data_dir), "--workspace", workspace, "--device", str(bench.device)]
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", "from harness.cli import main; main()", *words], capture_output=True, text=True
         )
         took = time.perf_counter() - began
+        if out is not None:
+            (out / "mnist.txt").write_text(done.stdout + done.stderr[-4000:])
+            shutil.make_archive(str(out / "mnist-rows"), "gztar", workspace, "results")
     last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
     return ["harness " + " ".join(words[:5]), took, done.returncode, last[0][:90] if last and done.returncode else ""]
 
@@ -140,7 +144,7 @@ def main() -> None:
             ["run", "step", "batch", "first step s", "measured s", "images/s", "whole s", "peak GiB"], rows,
         )  # fmt: skip
     if "mnist" in chosen.parts and chosen.data_dir is not None:
-        ended.append(complete_mnist(bench, chosen.data_dir))
+        ended.append(complete_mnist(bench, chosen.data_dir, chosen.out))
     bench.table("Parts and complete runs: wall seconds", ["part", "seconds", "exit code", "error"], ended)
     bench.finish()
 

@@ -552,10 +552,15 @@ def _eval_id(arm: Arm, plan: Plan, plugin: type[Evaluator], budget: LabelBudget 
 def environment() -> dict[str, Any]:
     """Versions and machine facts that are logged beside a run; no host, user or path."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "pandas", "mlflow")
-    return {
+    out: dict[str, Any] = {
         "harness": __version__, "python": platform.python_version(), "system": platform.system(),
-        "machine": platform.machine(), "cores": os.cpu_count(), **{name: version(name) for name in packages},
+        "machine": platform.machine(), "cores": os.cpu_count(),
     }  # fmt: skip
+    for name in ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "pandas", "mlflow"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:  # mlflow-skinny, say, or a package that lies on the path uninstalled
+            out[name] = None
+    return out
