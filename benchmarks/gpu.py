@@ -30,6 +30,7 @@ from harness.config import Layers, resolve
 from harness.contracts import DatasetInfo
 from harness.optim import build as build_optimizer
 from harness.step import Step, StepConfig, resolve_mode
+from harness.views import ViewConfig
 
 HERE = Path(__file__).resolve().parent
 # title: (method, encoder, side, images in the data set, batch, epochs that are extrapolated to, settings)
@@ -59,7 +60,8 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     data = Batches(images, None, batch_size=batch, seed=0, device=device)
     steps = epochs * data.steps_per_epoch
     plugin = registry.load_method(method_name)
-    mode = resolve_mode(mode_name, device, steps, "" if plugin.graphable else plugin.why_not_graphable)
+    why_not = "" if plugin.graphable else plugin.why_not_graphable
+    mode = resolve_mode(mode_name, device, steps, why_not, issubclass(plugin.Config, ViewConfig))
     bf16 = resolve_precision("auto", device) == "bf16"
     optimizer = build_optimizer(config.optim, method.parameter_groups())
     step = Step(method.train(), optimizer, StepConfig(bf16, mode=mode), device, 0, print)
@@ -79,13 +81,14 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     took = time.perf_counter() - began
     rate = (number - 11) * batch / took
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    print(f"{title}: {rate:,.0f} images/s", file=sys.stderr, flush=True)
     return [title, f"{'bf16' if bf16 else 'fp32'}, {step.mode}", batch, first, took, rate, epochs * count / rate, peak]
 
 
 def complete_mnist(bench: Bench, data_dir: Path, out: Path | None) -> list[object]:
     """Wall seconds of one command on real MNIST, and its exit code; its table and rows go to `out`."""
     with tempfile.TemporaryDirectory() as workspace:
-        words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline"]
+        words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline", "--no-control"]
         words += ["--data-dir", str(data_dir), "--workspace", workspace, "--device", str(bench.device)]
         began = time.perf_counter()
         done = subprocess.run(

@@ -20,6 +20,7 @@ from harness.evaluation import Material, describe_budget, sample_indices
 from harness.images import digest_split
 from harness.mapped import join, select
 from harness.step import resolve_mode
+from harness.views import ViewConfig
 
 
 @dataclass(frozen=True)
@@ -459,7 +460,8 @@ def training_batches(arm: Arm, material: Material, device: torch.device) -> Batc
 def _compile_mode(plugin: type[Method], name: str, device: torch.device, steps: int) -> str:
     if "graph" in name and device.type != "cuda":
         raise HarnessError(f"--compile {name}: a step is captured on CUDA only, not on {device.type}; use auto or off")
-    return resolve_mode(name, device, steps, "" if plugin.graphable else plugin.why_not_graphable)
+    why_not = "" if plugin.graphable else plugin.why_not_graphable
+    return resolve_mode(name, device, steps, why_not, issubclass(plugin.Config, ViewConfig))
 
 
 def _threads(encoder: Encoder, info: DatasetInfo, device: torch.device) -> int:

@@ -27,12 +27,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> the same shape."""
         return self.activated(images, 1.0) if fits(self, images) else super().forward(images)
 
-    def activated(self, images: Tensor, slope: float) -> Tensor:
-        """Leaky ReLU of the normalised map; slope: of its negative side, 0 for ReLU, 1 for none. Only where `fits`."""
+    def activated(self, images: Tensor, slope: float, other: Tensor | None = None) -> Tensor:
+        """Leaky ReLU of the normalised map, of its sum with `other` if there is one. Only where `fits`.
+
+        other: the same shape; slope: of the negative side, 0 for ReLU, 1 for no activation
+        """
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         out: Tensor = _BatchNorm.apply(
-            images, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, slope
+            images, other, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, slope
         )
         return out
 
@@ -66,14 +69,21 @@ def _slope(module: nn.Module) -> float | None:
 
 
 def fits(norm: nn.BatchNorm2d, images: Tensor) -> bool:
-    """Whether our kernels can do this pass: training on CUDA, eager or being captured, on a channels_last map."""
-    if torch.compiler.is_compiling() or not (norm.training and images.is_cuda and _has_triton()):
-        return False
-    plain = type(images) is Tensor and not torch._C._functorch.is_batchedtensor(images)
+    """Whether our kernels can do this pass of a batch norm: training, on a map that is `plain`."""
     return (
-        plain and norm.affine and norm.track_running_stats and norm.momentum is not None
-        and images.dtype in (torch.bfloat16, torch.float16, torch.float32) and norm.weight.dtype == torch.float32
-        and images.numel() > images.shape[1] and images.is_contiguous(memory_format=torch.channels_last)
+        norm.training and plain(images) and images.numel() > images.shape[1] and norm.affine
+        and norm.track_running_stats and norm.momentum is not None and norm.weight.dtype == torch.float32
+    )  # fmt: skip
+
+
+def plain(images: Tensor) -> bool:
+    """A channels_last map on CUDA, in a step that is eager or being captured."""
+    if torch.compiler.is_compiling() or not (images.is_cuda and _has_triton()):
+        return False
+    return (
+        type(images) is Tensor and not torch._C._functorch.is_batchedtensor(images)
+        and images.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and images.is_contiguous(memory_format=torch.channels_last)
     )  # fmt: skip
 
 
@@ -82,13 +92,17 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _blocks(pixels: int, channels: int) -> tuple[int, int, int, int]:
-    """Channels per program, programs across channels, programs that share the pixels, pixels of each."""
+def blocks(channels: int) -> tuple[int, int]:
+    """Channels per program, and programs across all of them."""
     block = 64 if channels % 64 == 0 else 32 if channels > 16 else 16
-    across = -(-channels // block)
+    return block, -(-channels // block)
+
+
+def _shares(pixels: int, across: int) -> tuple[int, int]:
+    """Programs that share the pixels, and pixels of each."""
     shared = max(1, min(-(-pixels // ROWS_AT_ONCE), PROGRAMS // across))
     each = -(-pixels // (shared * ROWS_AT_ONCE)) * ROWS_AT_ONCE
-    return block, across, -(-pixels // each), each
+    return -(-pixels // each), each
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -96,49 +110,56 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
-        momentum: float, eps: float, slope: float,
+        ctx: Any, images: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor,
+        running_var: Tensor, momentum: float, eps: float, slope: float,
     ) -> Tensor:  # fmt: skip
-        from harness import batch_norm_kernels as kernels
+        from harness import map_kernels as kernels
 
         channels = images.shape[1]
         pixels = images.numel() // channels
-        block, across, shared, each = _blocks(pixels, channels)
+        block, across = blocks(channels)
+        shared, each = _shares(pixels, across)
         partial = torch.empty(2, shared, channels, dtype=torch.float32, device=images.device)
         mean, scale = torch.empty(2, channels, dtype=torch.float32, device=images.device)
         out = torch.empty_like(images)
+        if other is not None:
+            other = other.contiguous(memory_format=torch.channels_last)
         kernels.moments[(shared, across)](images, partial, pixels, channels, each, BLOCK_M=ROWS_AT_ONCE, BLOCK_C=block)
         kernels.statistics[(-(-channels // 16),)](
             images, partial, mean, scale, running_mean, running_var, pixels, channels, shared, momentum, eps,
             BLOCK_P=64, BLOCK_C=16,
         )  # fmt: skip
         kernels.normalise[(-(-pixels // ROWS_AT_ONCE), across)](
-            images, out, mean, scale, weight, bias, pixels, channels, slope,
-            ACTIVATE=slope != 1, BLOCK_M=ROWS_AT_ONCE, BLOCK_C=block,
+            images, images if other is None else other, out, mean, scale, weight, bias, pixels, channels, slope,
+            ACTIVATE=slope != 1, ADD=other is not None, BLOCK_M=ROWS_AT_ONCE, BLOCK_C=block,
         )  # fmt: skip
-        ctx.save_for_backward(images, weight, bias, mean, scale)
+        ctx.save_for_backward(images, None if other is None else out, weight, bias, mean, scale)
         ctx.slope = slope
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from harness import batch_norm_kernels as kernels
+        from harness import map_kernels as kernels
 
-        images, weight, bias, mean, scale = ctx.saved_tensors
+        images, sum_out, weight, bias, mean, scale = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         channels = images.shape[1]
         pixels = images.numel() // channels
-        block, across, shared, each = _blocks(pixels, channels)
+        block, across = blocks(channels)
+        shared, each = _shares(pixels, across)
         partial = torch.empty(2, shared, channels, dtype=torch.float32, device=images.device)
         sums = torch.empty(2, channels, dtype=torch.float32, device=images.device)
-        out = torch.empty_like(images)
-        own: dict[str, Any] = {"ACTIVATE": ctx.slope != 1, "BLOCK_M": ROWS_AT_ONCE, "BLOCK_C": block}
+        out, add = torch.empty_like(images), sum_out is not None
+        to_other = torch.empty_like(images) if add else None
+        after = sum_out if add else images  # a pointer that is not read
+        own: dict[str, Any] = {"ACTIVATE": ctx.slope != 1, "ADD": add, "BLOCK_M": ROWS_AT_ONCE, "BLOCK_C": block}
         kernels.gradient_sums[(shared, across)](
-            images, gradient, partial, mean, scale, weight, bias, pixels, channels, each, ctx.slope, **own
+            images, after, gradient, partial, mean, scale, weight, bias, pixels, channels, each, ctx.slope, **own
         )
         kernels.added_up[(-(-channels // 16), 2)](partial, sums, channels, shared, BLOCK_P=64, BLOCK_C=16)
         kernels.input_gradient[(-(-pixels // ROWS_AT_ONCE), across)](
-            images, gradient, out, sums, mean, scale, weight, bias, pixels, channels, ctx.slope, **own
-        )
-        return out, sums[1], sums[0], None, None, None, None, None
+            images, after, gradient, out, out if to_other is None else to_other, sums, mean, scale, weight, bias, pixels,
+            channels, ctx.slope, **own,
+        )  # fmt: skip
+        return out, to_other, sums[1], sums[0], None, None, None, None, None

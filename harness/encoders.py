@@ -22,6 +22,7 @@ from harness.batch_norm import BatchNorm2d, InOrder, in_order
 from harness.contracts import Batch, Config, DatasetInfo, Encoder, HarnessError, setting
 from harness.conv_encoder import ConvEncoder
 from harness.encoder_names import ABOUT
+from harness.max_pool import MaxPool2d
 from harness.receptive_field import output_side, windowed
 from harness.vit import REVISION, SIZES, ViTEncoder
 
@@ -92,14 +93,14 @@ class SequentialEncoder(ConvEncoder):
         if isinstance(layer, nn.Dropout):
             return nn.Dropout(layer.p)
         if isinstance(layer, Pool):
-            return nn.MaxPool2d(layer.side, stride=2, padding=layer.side // 2 if layer.side % 2 else 0)
+            return MaxPool2d(layer.side, stride=2, padding=layer.side // 2 if layer.side % 2 else 0)
         padding = layer.side // 2 if layer.same else 0
         mode = self.options.padding
         parts: list[nn.Module] = [
             nn.Conv2d(channels, layer.channels, layer.side, padding=padding, padding_mode=mode, bias=False)
         ]
         if layer.pool:
-            parts.append(nn.MaxPool2d(2))
+            parts.append(MaxPool2d(2))
         if self.options.norm == "batch":
             parts.append(BatchNorm2d(layer.channels))
         else:

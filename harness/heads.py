@@ -121,7 +121,8 @@ class _Contrast(torch.autograd.Function):
             pull.exp_().diagonal().zero_()
             own = pull.sum(1)  # 1 - p of the own positive, as the sum of the others: not lost where p is near 1
             if symmetric:
-                back = scores.log_softmax(0)
+                # CUDA's softmax along any but the last dimension takes a hundred times as long (265 us at N = 512, H200)
+                back = scores.T.contiguous().log_softmax(1).T if scores.is_cuda else scores.log_softmax(0)
                 loss = (loss - back.diagonal().mean()) / 2
                 back.exp_().diagonal().zero_()
                 own += back.sum(0)

@@ -1,23 +1,29 @@
-"""torchvision's ResNets with the batch norm of harness.batch_norm; the same tensors, names and, on a CPU, arithmetic."""
+"""torchvision's ResNets with our batch norm and max pooling; the same tensors, names and, on a CPU, arithmetic."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock
 
-from harness.batch_norm import BatchNorm2d, in_order
+from harness.batch_norm import BatchNorm2d, fits, in_order
+from harness.max_pool import MaxPool2d
 
 
 class _BasicBlock(BasicBlock):
-    """torchvision's block; its first normalisation and the activation behind it may be one operation."""
+    """torchvision's block; normalisation, sum and activation are one operation where that `fits`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        out = self.bn2(self.conv2(in_order([self.conv1, self.bn1, self.relu], x)))
-        out += x if self.downsample is None else self.downsample(x)
+        out = self.conv2(in_order([self.conv1, self.bn1, self.relu], x))
+        other = x if self.downsample is None else self.downsample(x)
+        norm = cast(BatchNorm2d, self.bn2)
+        if fits(norm, out) and out.dtype == other.dtype:
+            return norm.activated(out, 0.0, other)
+        out = norm(out)
+        out += other
         return cast(Tensor, self.relu(out))
 
 
@@ -27,4 +33,6 @@ def make(name: str) -> Any:
     for module in model.modules():
         if type(module) is BasicBlock:
             module.__class__ = _BasicBlock
+        elif type(module) is nn.MaxPool2d:
+            module.__class__ = MaxPool2d
     return model

@@ -1,4 +1,4 @@
-"""Our batch norm kernels against torch's batch norm and activation in float64; interpreted here, compiled on CUDA."""
+"""Our kernels for maps against torch's operations in float64; interpreted here, compiled on CUDA."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import batch_norm
+from harness import batch_norm, max_pool
 from harness.batch_norm import BatchNorm2d, InOrder, fits
 
-SHAPES = [(5, 48, 7, 7), (4, 64, 9, 5), (3, 20, 6, 6), (3, 160, 6, 6), (2, 16, 1, 1)]
+SHAPES = [(5, 48, 7, 7), (4, 64, 9, 5), (3, 20, 6, 6), (3, 160, 6, 6)]
 ACTIVATIONS = [nn.ReLU(), nn.LeakyReLU(0.1), nn.Identity()]
 CUDA = pytest.mark.gpu
 
@@ -46,13 +46,18 @@ def pair(channels: int, activation: nn.Module) -> tuple[nn.Sequential, nn.Sequen
 def check(shape: tuple[int, ...], activation: nn.Module, dtype: torch.dtype, device: str) -> None:
     images, gradient = maps(shape, dtype, device)
     theirs, ours = (module.to(device) for module in pair(shape[1], activation))
+    norm: Any = theirs[0]
     expected_in, found_in = images.double().requires_grad_(), images.clone().requires_grad_()
     expected, found = theirs(expected_in), ours(found_in)
+    with torch.no_grad():  # where the activation bends, rounding may take the other side
+        normalised = nn.functional.batch_norm(images.double(), None, None, norm.weight, norm.bias, True)
+    clear = normalised.abs() > 1e-5
     expected.backward(gradient.double())
     found.backward(gradient)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     low = 1e-2 if dtype == torch.bfloat16 else 2e-6
-    pairs = [(found, expected, low), (found_in.grad, expected_in.grad, low)]
+    assert found_in.grad is not None and expected_in.grad is not None
+    pairs = [(found, expected, low), (found_in.grad[clear], expected_in.grad[clear], low)]
     pairs += [(ours[0].weight.grad, theirs[0].weight.grad, 2e-6), (ours[0].bias.grad, theirs[0].bias.grad, 2e-6)]
     pairs += [(ours[0].running_mean, theirs[0].running_mean, 2e-6), (ours[0].running_var, theirs[0].running_var, 2e-6)]
     for one, other, tolerance in pairs:
@@ -62,10 +67,60 @@ def check(shape: tuple[int, ...], activation: nn.Module, dtype: torch.dtype, dev
     torch.testing.assert_close(again.double(), theirs.eval()(images.double()), rtol=1e-4, atol=1e-4)
 
 
+def check_sum(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Batch norm, what is added to it, ReLU."""
+    images, gradient = maps(shape, dtype, device)
+    other = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(gradient)
+    theirs, ours = (module[0].to(device) for module in pair(shape[1], nn.ReLU()))
+    wide = [t.double().requires_grad_() for t in (images, other)]
+    own = [t.clone(memory_format=torch.channels_last).requires_grad_() for t in (images, other)]
+    expected, found = (theirs(wide[0]) + wide[1]).relu(), ours.activated(own[0], 0.0, own[1])
+    expected.backward(gradient.double())
+    found.backward(gradient)
+    with torch.no_grad():
+        before = (
+            nn.functional.batch_norm(images.double(), None, None, theirs.weight, theirs.bias, True) + other.double()
+        )
+    clear = before.abs() > 1e-5
+    low = 1e-2 if dtype == torch.bfloat16 else 2e-6
+    pairs = [(found, expected, low), (own[0].grad[clear], wide[0].grad[clear], low)]
+    pairs += [
+        (own[1].grad[clear], wide[1].grad[clear], low),
+        (ours.weight.grad, theirs.weight.grad, 1e-2 if low > 1e-3 else 2e-6),
+    ]
+    for one, expectation, tolerance in pairs:
+        assert float((one.double() - expectation).norm() / expectation.norm()) < tolerance
+
+
+WINDOWS = [(2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0)]
+
+
+def check_pooling(shape: tuple[int, ...], window: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    """To the bit but for the order of a sum; equal neighbours, and a NaN, go as torch has them."""
+    images = maps(shape, dtype, device)[0]
+    images = (4 * images).round() / 4  # ties
+    images[0, 0, 1, 1] = torch.nan
+    theirs, ours = images.clone().requires_grad_(), images.clone(memory_format=torch.channels_last).requires_grad_()
+    expected = nn.MaxPool2d(*window)(theirs)
+    found = max_pool._MaxPool.apply(ours, *window)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(6)).to(expected)
+    expected.backward(gradient)
+    found.backward(gradient)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+
+
 def check_all_interpreted() -> None:
     batch_norm.PROGRAMS = 6  # so that sums over pixels are shared here too
     batch_norm.fits = lambda norm, images: norm.training
-    for shape in SHAPES[:4]:
+    check_sum(SHAPES[0], torch.float32, "cpu")
+    check_sum(SHAPES[1], torch.bfloat16, "cpu")
+    for window in WINDOWS:
+        check_pooling(SHAPES[0], window, torch.float32, "cpu")
+    check_pooling(SHAPES[1], WINDOWS[1], torch.bfloat16, "cpu")
+    for shape in SHAPES:
         for activation in ACTIVATIONS:
             check(shape, activation, torch.float32, "cpu")
     check(SHAPES[1], nn.ReLU(), torch.bfloat16, "cpu")
@@ -74,7 +129,7 @@ def check_all_interpreted() -> None:
 def test_values_gradients_and_statistics() -> None:
     """In a process of its own: Triton interprets kernels where this is set before it is imported."""
     pytest.importorskip("triton", reason="triton is not installed here")
-    code = "import runpy; runpy.run_path('test_batch_norm.py')['check_all_interpreted']()"
+    code = "import runpy; runpy.run_path('test_map_kernels.py')['check_all_interpreted']()"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent,
         capture_output=True, text=True,
@@ -96,6 +151,15 @@ def test_only_training_on_cuda_is_ours() -> None:
 def test_on_cuda(shape: tuple[int, ...], activation: nn.Module, dtype: torch.dtype) -> None:
     assert fits(BatchNorm2d(shape[1]).cuda(), maps(shape, dtype, "cuda")[0])
     check(shape, activation, dtype, "cuda")
+
+
+@CUDA
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 192, 33, 31)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_and_pooling_on_cuda(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_sum(shape, dtype, "cuda")
+    for window in WINDOWS:
+        check_pooling(shape, window, dtype, "cuda")
 
 
 @CUDA

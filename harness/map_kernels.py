@@ -1,5 +1,7 @@
 # mypy: ignore-errors
-"""Triton kernels of harness.batch_norm: a map as a matrix of M pixels by C channels, channels next to each other.
+"""Triton kernels of harness.batch_norm and harness.max_pool, for maps whose channels lie next to each other.
+
+A map is a matrix of M pixels by C channels.
 
 Sums over pixels are taken in two steps of a fixed order, so the same input gives the same bits. Statistics and all
 arithmetic are float32, whatever the map is.
@@ -68,9 +70,10 @@ def statistics(
 
 @triton.jit(do_not_specialize=["M"])
 def normalise(
-    x, y, mean, scale, weight, bias, M, C, slope, ACTIVATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """y = act((x - mean) * scale * weight + bias)."""
+    x, other, y, mean, scale, weight, bias, M, C, slope,
+    ACTIVATE: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act((x - mean) * scale * weight + bias), with `other` added before the activation if ADD."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < C
@@ -81,6 +84,8 @@ def normalise(
     shift = tl.load(bias + columns, mask=inside, other=0.0)
     value = tl.load(x + place, mask=mask, other=0).to(tl.float32)
     value = (value - centre[None, :]) * factor[None, :] + shift[None, :]
+    if ADD:
+        value += tl.load(other + place, mask=mask, other=0).to(tl.float32)
     if ACTIVATE:
         value = _activated(value, slope)
     tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
@@ -88,10 +93,13 @@ def normalise(
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def gradient_sums(
-    x, dy, partial, mean, scale, weight, bias, M, C, rows_each, slope,
-    ACTIVATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, y, dy, partial, mean, scale, weight, bias, M, C, rows_each, slope,
+    ACTIVATE: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of its rows, the sums of dz and of dz * (x - mean) * scale, z what is activated: (2, programs, C)."""
+    """Of its rows, the sums of dz and of dz * (x - mean) * scale, z what is activated: (2, programs, C).
+
+    The side of the activation is computed again from x, or read from y where something was added.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < C
@@ -108,7 +116,9 @@ def gradient_sums(
         place = rows[:, None] * C + columns[None, :]
         value = tl.load(x + place, mask=mask, other=0).to(tl.float32) - centre
         gradient = tl.load(dy + place, mask=mask, other=0).to(tl.float32)
-        if ACTIVATE:
+        if ADD:
+            gradient = tl.where(tl.load(y + place, mask=mask, other=0).to(tl.float32) > 0, gradient, gradient * slope)
+        elif ACTIVATE:
             gradient = tl.where(value * (gain * rate) + shift > 0, gradient, gradient * slope)
         plain += gradient
         weighted += gradient * (value * rate)
@@ -133,10 +143,10 @@ def added_up(partial, sums, C, programs, BLOCK_P: tl.constexpr, BLOCK_C: tl.cons
 
 @triton.jit(do_not_specialize=["M"])
 def input_gradient(
-    x, dy, dx, sums, mean, scale, weight, bias, M, C, slope,
-    ACTIVATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, y, dy, dx, dother, sums, mean, scale, weight, bias, M, C, slope,
+    ACTIVATE: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * weight * (dz - mean(dz) - xhat * mean(dz * xhat))."""
+    """dx = scale * weight * (dz - mean(dz) - xhat * mean(dz * xhat)); what was added gets dz."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < C
@@ -149,8 +159,65 @@ def input_gradient(
     weighted = tl.load(sums + C + columns, mask=inside, other=0.0)[None, :] / M
     value = tl.load(x + place, mask=mask, other=0).to(tl.float32) - centre
     gradient = tl.load(dy + place, mask=mask, other=0).to(tl.float32)
-    if ACTIVATE:
+    if ADD:
+        gradient = tl.where(tl.load(y + place, mask=mask, other=0).to(tl.float32) > 0, gradient, gradient * slope)
+        tl.store(dother + place, gradient.to(dother.dtype.element_ty), mask=mask)
+    elif ACTIVATE:
         shift = tl.load(bias + columns, mask=inside, other=0.0)[None, :]
         gradient = tl.where(value * factor + shift > 0, gradient, gradient * slope)
     value = factor * (gradient - plain - value * rate * weighted)
     tl.store(dx + place, value.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "HO", "WO"])
+def pooled(
+    x, y, place_of, M, C, H, W, HO, WO,
+    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Maxima of K x K windows, S apart, P pixels of border; place_of: which of a window's K * K pixels it was (uint8).
+
+    M output pixels. The first of equals is taken, and NaN wins, as in torch.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = columns < C
+    mask = (rows < M)[:, None] & inside[None, :]
+    image, top, left = rows // (HO * WO), rows // WO % HO * S - P, rows % WO * S - P
+    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
+    for i in tl.static_range(K):
+        for j in tl.static_range(K):
+            row, column = top + i, left + j
+            within = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            source = ((image * H + row) * W + column)[:, None] * C + columns[None, :]
+            value = tl.load(x + source, mask=mask & within[:, None], other=float("-inf")).to(tl.float32)
+            better = (value > best) | (value != value)
+            best = tl.where(better, value, best)
+            place = tl.where(better, i * K + j, place)
+    out = rows[:, None] * C + columns[None, :]
+    tl.store(y + out, best.to(y.dtype.element_ty), mask=mask)
+    tl.store(place_of + out, place.to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "HO", "WO"])
+def pooled_gradient(
+    dy, place_of, dx, M, C, H, W, HO, WO,
+    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """For each of the M input pixels, the gradients of the windows whose maximum it was, in a fixed order."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = columns < C
+    mask = (rows < M)[:, None] & inside[None, :]
+    image, row, column = rows // (H * W), rows // W % H, rows % W
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for i in tl.static_range(K):
+        for j in tl.static_range(K):
+            above, before = row + P - i, column + P - j  # S times the window's place, if it is one
+            reached = (above >= 0) & (above % S == 0) & (above // S < HO)
+            reached = reached & (before >= 0) & (before % S == 0) & (before // S < WO)
+            source = ((image * HO + above // S) * WO + before // S)[:, None] * C + columns[None, :]
+            valid = mask & reached[:, None]
+            chosen = tl.load(place_of + source, mask=valid, other=255) == i * K + j
+            total += tl.where(chosen, tl.load(dy + source, mask=valid, other=0).to(tl.float32), 0.0)
+    tl.store(dx + rows[:, None] * C + columns[None, :], total.to(dx.dtype.element_ty), mask=mask)
