@@ -35,9 +35,10 @@ def test_a_worker_whose_stdin_ends_ends_well(worker: WorkerProcess[str], heard: 
     assert worker.last_words("; unsaid") == "ended with code 0"
 
 
-def test_a_worker_that_fails_leaves_its_last_line(heard: Heard) -> None:
-    worker: WorkerProcess[str] = WorkerProcess("tune-worker", (), heard)
-    worker.send(["no search"])
+@pytest.mark.parametrize(("command", "message"), [("tune-worker", ["no search"]), ("bench-worker", ("no cell", None))])
+def test_a_worker_that_fails_leaves_its_last_line(command: str, message: Any, heard: Heard) -> None:
+    worker: WorkerProcess[str] = WorkerProcess(command, (), heard)
+    worker.send(message)
     assert heard.get(timeout=WAIT_SECONDS) == (worker, None)
     assert worker.last_words("; unsaid").startswith("ended with code 1: AttributeError: ")
     worker.send("after its end")  # no BrokenPipeError, nor from what is next

@@ -13,7 +13,6 @@ import os
 import pickle
 import queue
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -120,9 +119,10 @@ def serve() -> None:
     given: queue.Queue[Given | None] = queue.Queue()
 
     def listen() -> None:
+        stdin = open(0, "rb", closefd=False)  # noqa: SIM115 - sys.stdin's lock, held here, would turn a traceback into an abort
         try:
             while True:
-                given.put(pickle.load(sys.stdin.buffer))
+                given.put(pickle.load(stdin))
         except Exception:  # the parent has closed it, or is gone
             given.put(None)
             if working.is_set():
