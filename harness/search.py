@@ -16,8 +16,7 @@ from harness import bench, registry, search_files, trials, tuning
 from harness.arms import Plan, Request, make_plan, open_dataset, shown_name
 from harness.config import Recipe
 from harness.contracts import HarnessError
-from harness.engines.local import LocalEngine
-from harness.grid import Cell, Planner, cells_of, standing
+from harness.grid import Cell, Planner, cells_of
 from harness.grid_setups import Setup, make_grid, request_of, settings_of
 from harness.objectives import Objective, parse_objectives
 from harness.search_space import Space, SpaceFile, make_space
@@ -293,18 +292,6 @@ def _measure(
     return values, {key: [eval_id for cell in each for eval_id in cell.eval_ids] for key, each in cells.items()}
 
 
-def engine_carry(
-    workspace: Path, engine: LocalEngine, watcher_of: Callable[..., Any], jobs: int, follow: Callable[[str], None]
-) -> Carry:
-    """Cells carried out by local workers, watched by what `watcher_of(cells, standings)` makes."""
-
-    def carry(cells: Sequence[Cell]) -> bench.Report:
-        with watcher_of(cells, {cell.pretrain_id: standing(workspace, cell) for cell in cells}) as watcher:
-            return bench.carry_out(cells, workspace, engine, watcher, retry_failed=True, follow=follow, jobs=jobs)
-
-    return carry
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -382,4 +369,4 @@ def write(asked: Asked, results: Sequence[Result]) -> Path:
     return folder
 
 
-__all__ = ["Asked", "Result", "collect", "confirm", "engine_carry", "make_searches", "rescore", "write"]
+__all__ = ["Asked", "Result", "collect", "confirm", "make_searches", "rescore", "write"]

@@ -1,34 +1,30 @@
 """Workers of a search: processes of this machine that take trials until none is left.
 
-A worker is the hidden command `tune-worker`, so that signals end it as they end any other command. It gets the searches
-on stdin and tells its parent on stdout what it does, both as pickles. When stdin ends, the parent is gone, and the worker
-gives its trial back and stops. Which trial is whose is decided by the storage alone, so workers of several commands, on
-several machines, may share a search.
+A worker (harness/worker_process.py) is the hidden command `tune-worker`. It gets the searches and tells its parent what it
+does; when stdin ends, it gives its trial back and stops. Which trial is whose is decided by the storage alone, so workers
+of several commands, on several machines, may share a search.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import queue
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from harness import arms, journal, mirror, runner, tuning
 from harness.contracts import HarnessError
 from harness.grid import Planner
 from harness.trials import Measured, Pruned, Search, measure
+from harness.worker_process import WorkerProcess, become_worker, close_all
 
-PATIENCE_SECONDS = 12.0  # after SIGTERM, before a worker is killed
 LOOK_SECONDS = 1.0  # between two looks at trials that others are at work on
 DEATHS = 2  # of workers with the same trial, before the trial is held to be the cause; or before they had one
 
@@ -55,6 +51,7 @@ class Ended:
 
 Message = Began | Ended
 Tell = Callable[[Any], None]
+Taken = tuple[str, int]  # a trial that a worker has: method and number
 
 
 # --------------------------------------------------------------------------------------------------- the work itself
@@ -185,20 +182,13 @@ class _Trial:
 
 def serve() -> None:
     """The command `tune-worker`: work on what a parent sends, until that is done or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone in the terminal: the parent says what to do
-    out: BinaryIO = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not stand between the messages
+    tell = become_worker()
     searches: tuple[Search, ...] = pickle.load(sys.stdin.buffer)
 
     def listen() -> None:
         while os.read(0, 1):  # not sys.stdin: its lock, held by this thread, would turn a traceback into an abort
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def tell(message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the end of stdin says the same
-            pickle.dump(message, out)
-            out.flush()
 
     threading.Thread(target=listen, daemon=True).start()
     try:
@@ -215,9 +205,9 @@ class Workers:
 
     def __init__(self, searches: Sequence[Search], count: int, plugins: Sequence[Path] = ()) -> None:
         self._searches, self._plugins = tuple(searches), plugins
-        self._heard: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-        self._workers: list[_Worker] = []
-        self._deaths: dict[tuple[str, int] | None, int] = {}
+        self._heard: queue.Queue[tuple[WorkerProcess[Taken], Any]] = queue.Queue()
+        self._workers: list[WorkerProcess[Taken]] = []
+        self._deaths: dict[Taken | None, int] = {}
         self._count = count
 
     def run(self, on_message: Callable[[Message], None]) -> None:
@@ -237,30 +227,32 @@ class Workers:
             if isinstance(message, HarnessError):
                 raise message
             if isinstance(message, Began):
-                worker.trial = (message.method, message.number)
+                worker.work = (message.method, message.number)
                 on_message(message)
             elif isinstance(message, Ended):
-                worker.trial = None
+                worker.work = None
                 on_message(message)
             else:
                 self._workers.remove(worker)
-                if worker.exit_code() != 0:
+                if worker.process.wait() != 0:
                     self._lost(worker, by_name, studies, on_message)
                     self._start()
 
     def _start(self) -> None:
-        self._workers.append(_Worker(self._searches, self._plugins, self._heard))
+        worker = WorkerProcess("tune-worker", self._plugins, self._heard)
+        self._workers.append(worker)
+        worker.send(self._searches)
 
-    def _lost(self, worker: _Worker, by_name: Mapping[str, Search], studies: Mapping[str, Any],
+    def _lost(self, worker: WorkerProcess[Taken], by_name: Mapping[str, Search], studies: Mapping[str, Any],
               on_message: Callable[[Message], None]) -> None:  # fmt: skip
         """Give the trial of a lost worker back; one that several workers were lost with is ended as failed."""
-        self._deaths[worker.trial] = self._deaths.get(worker.trial, 0) + 1
-        if worker.trial is None:
+        self._deaths[worker.work] = self._deaths.get(worker.work, 0) + 1
+        if worker.work is None:
             if self._deaths[None] > DEATHS:
                 raise HarnessError(f"a worker of the search {worker.last_words()}")
             return
-        method, number = worker.trial
-        if self._deaths[worker.trial] <= DEATHS:
+        method, number = worker.work
+        if self._deaths[worker.work] <= DEATHS:
             tuning.revive(by_name[method], studies[method])
             return
         reason = f"LOST: its worker {worker.last_words()}"
@@ -269,61 +261,8 @@ class Workers:
 
     def close(self) -> None:
         """End every worker as SIGTERM ends a command; their trials wait again."""
-        for worker in self._workers:
-            worker.end()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        for worker in self._workers:
-            worker.wait(max(0.0, deadline - time.monotonic()))
+        close_all(self._workers)
         self._workers.clear()
-
-
-class _Worker:
-    """One worker process as its parent sees it."""
-
-    def __init__(
-        self, searches: tuple[Search, ...], plugins: Sequence[Path], heard: queue.Queue[tuple[_Worker, Any]]
-    ) -> None:
-        self.trial: tuple[str, int] | None = None
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
-        # the same code as here, wherever the working folder is
-        code = f"import sys; sys.path[:] = {sys.path!r}; from harness.cli import main; main()"
-        words = [sys.executable, "-P", "-c", code, "tune-worker", *(f"--plugins={folder}" for folder in plugins)]
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._stdin: Any = self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump(searches, self._stdin)
-            self._stdin.flush()
-        threading.Thread(target=self._listen, args=(self._process.stdout, heard), daemon=True).start()
-
-    def _listen(self, stream: Any, heard: queue.Queue[tuple[_Worker, Any]]) -> None:
-        try:
-            while True:
-                heard.put((self, pickle.load(stream)))
-        except Exception:  # its end, or a message that a kill cut short
-            heard.put((self, None))
-
-    def exit_code(self) -> int:
-        return self._process.wait()
-
-    def last_words(self) -> str:
-        """How the process ended, in one line."""
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        how = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        return how + (f": {lines[-1][:200]}" if lines else "")
-
-    def end(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._stdin.close()
-
-    def wait(self, seconds: float) -> None:
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 __all__ = ["Began", "Ended", "Message", "Workers", "serve", "work"]

@@ -44,7 +44,7 @@ TIERS: list[set[str]] = [
     {"step"},
     {"batches", "checkpoint", "registry", "allocator", "declarations"},
     {"optim", "encoders", "conv_encoder", "outside_encoders", "vit", "heads", "patches", "receptive_field", "fingerprint",
-     "augment", "image_operations", "views", "multi_crop", "durable", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
+     "augment", "image_operations", "views", "multi_crop", "durable", "worker_process", "images", "mapped", "read_ahead", "decoding", "formats", "download", "archives", "published"},
     {"contracts"},
     {"rows", "encoder_names"},
     {"errors"},

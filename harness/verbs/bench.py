@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,8 +32,9 @@ from harness.verbs.options import (
 if TYPE_CHECKING:
     from harness.arms import Request
     from harness.bench import Report
-    from harness.grid import Planned
+    from harness.grid import Cell, Planned
     from harness.grid_setups import Grid
+    from harness.mirror import Tracking as Tracker
 
 Jobs = Annotated[int, typer.Option("--jobs", min=1, max=256, help="Cells at work at the same time, as cores allow.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run cells again that failed in an earlier command.")]
@@ -107,30 +110,48 @@ def execute(
     grid: Grid, base: Request, jobs: int, retry_failed: bool, plugins: list[Path], study: str | None = None
 ) -> tuple[Planned, Report]:
     """Plan a grid and carry it out with local workers, watched on stderr."""
-    from harness.bench import carry_out, write_study
+    from harness.bench import write_study
+    from harness.grid import plan_cells
+
+    planned = plan_cells(grid, base, fetch=True, bound_of=_bounds(grid, base.workspace, record=True))
+    if study is not None:
+        write_study(base.workspace, study, planned.cells)
+    with local_work(base, jobs, plugins, retry_failed) as (tracker, carry):
+        tracker.start()
+        report = carry(planned.cells)
+    return planned, report
+
+
+@contextlib.contextmanager
+def local_work(
+    base: Request, jobs: int, plugins: list[Path], retry_failed: bool
+) -> Iterator[tuple[Tracker, Callable[[Sequence[Cell]], Report]]]:
+    """The tracking of a command, not started yet, and what carries cells out with local workers, watched on stderr.
+
+    Afterwards the workers are ended, and what tracking could not deliver in time is said.
+    """
+    from harness.bench import carry_out
     from harness.engines.local import LocalEngine
-    from harness.grid import plan_cells, standing
+    from harness.grid import standing
     from harness.grid_console import BenchConsole
     from harness.mirror import Tracking
 
     workspace = base.workspace
-    planned = plan_cells(grid, base, fetch=True, bound_of=_bounds(grid, workspace, record=True))
-    if study is not None:
-        write_study(workspace, study, planned.cells)
     engine, tracker, clean = LocalEngine(jobs, plugins), Tracking(workspace, base.tracking), False
+
+    def carry(cells: Sequence[Cell]) -> Report:
+        with BenchConsole(cells, {cell.pretrain_id: standing(workspace, cell) for cell in cells}) as watcher:
+            return carry_out(cells, workspace, engine, watcher, retry_failed=retry_failed, jobs=jobs,
+                             follow=tracker.follow)  # fmt: skip
+
     try:
-        tracker.start()
-        standings = {cell.pretrain_id: standing(workspace, cell) for cell in planned.cells}
-        with BenchConsole(planned.cells, standings) as watcher:
-            report = carry_out(planned.cells, workspace, engine, watcher, retry_failed=retry_failed, jobs=jobs,
-                               follow=tracker.follow)  # fmt: skip
+        yield tracker, carry
         clean = True
     finally:
         engine.close()
         owed = tracker.close(30.0) if clean else tracker.close(2.0, leave=True)
     if owed:
         typer.echo(f"harness: {owed.line}", err=True)
-    return planned, report
 
 
 def _bounds(grid: Grid, workspace: Path, record: bool) -> Any:

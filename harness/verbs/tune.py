@@ -104,16 +104,12 @@ def _execute(asked: Asked, searches: Sequence[Search], workers: int, plugins: li
     """Trials, then more seeds for the best, then winner and default on fresh seeds; everything done before is kept."""
     from harness import bench, journal, search, tuning
     from harness.arms import environment
-    from harness.engines.local import LocalEngine
-    from harness.grid_console import BenchConsole
-    from harness.mirror import Tracking
     from harness.search_workers import Workers
+    from harness.verbs.bench import local_work
 
     base = searches[0].request
-    tracker, clean, engine = Tracking(base.workspace, base.tracking), False, LocalEngine(workers, plugins)
-    pool, logs = Workers(searches, workers, plugins), []
-    carry = search.engine_carry(base.workspace, engine, BenchConsole, workers, tracker.follow)
-    with contextlib.ExitStack() as held:
+    pool, logs, status = Workers(searches, workers, plugins), [], "INTERRUPTED"
+    with contextlib.ExitStack() as held, local_work(base, workers, plugins, retry_failed=True) as (tracker, carry):
         try:
             for one in searches:
                 tuning.prepare(one)
@@ -130,15 +126,11 @@ def _execute(asked: Asked, searches: Sequence[Search], workers: int, plugins: li
             bench.list_in_study(base.workspace, searches[0].study, ids)
             search.write(asked, results)
             _judge(asked, results, carry)
-            clean = True
+            status = "FINISHED"
         finally:
             pool.close()
-            engine.close()
             for log in logs:
-                log.end("FINISHED" if clean else "INTERRUPTED")
-            owed = tracker.close(30.0) if clean else tracker.close(2.0, leave=True)
-    if owed:
-        typer.echo(f"harness: {owed.line}", err=True)
+                log.end(status)
     return results
 
 
