@@ -160,10 +160,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def options(
-    name: str, doc: str, keep_memory: bool = True, **extra: Mapping[str, Any]
+    name: str, doc: str, keep_memory: bool = True, device: str = "cpu", **extra: Mapping[str, Any]
 ) -> tuple[argparse.Namespace, Bench]:
     """Parse the flags every benchmark has and its own ones (`flag={...add_argument's words...}`).
 
+    device: the one that is used where --device names none
     keep_memory: keep freed memory in the process as a run on a CPU does; peers timed beside it have the use of it too
 
     --core N pins this process and what it starts to one core with one thread and counts CPU seconds; -1, or a device
@@ -171,7 +172,7 @@ def options(
     """
     parser = argparse.ArgumentParser(prog=f"benchmarks/{name}.py", description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
+    parser.add_argument("--device", default=device, help=f"cpu or cuda[:N] (default {device})")
     parser.add_argument("--core", type=int, default=0, help="CPU core to be pinned to; -1: none")
     parser.add_argument("--threads", type=int, default=None, help="of torch, with --core -1")
     parser.add_argument("--rounds", type=int, default=5)
@@ -180,16 +181,18 @@ def options(
     for flag, words in extra.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", **words)
     chosen = parser.parse_args()
-    device = torch.device(chosen.device)
-    if keep_memory and device.type == "cpu":
+    place = torch.device(chosen.device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {chosen.device}: there is no CUDA device here")
+    if keep_memory and place.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda":
+    if place.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    pinned = chosen.core >= 0 and device.type == "cpu"
+    pinned = chosen.core >= 0 and place.type == "cpu"
     if pinned:
         os.sched_setaffinity(0, {chosen.core})
         torch.set_num_threads(1)
     elif chosen.threads:
         torch.set_num_threads(chosen.threads)
     clock = cpu_seconds if pinned else time.perf_counter
-    return chosen, Bench(name, device, clock, chosen.rounds, chosen.min_seconds, chosen.json)
+    return chosen, Bench(name, place, clock, chosen.rounds, chosen.min_seconds, chosen.json)
