@@ -8,7 +8,7 @@ ones); narrower projectors; the number of matches is a share of the cells, since
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,11 @@ class VICRegL(Method):
     idea = "VICReg on whole views and on cells matched by place and by likeness"
     source = "Bardes, Ponce & LeCun, NeurIPS 2022, arXiv 2210.01571"
     views_per_image = 2
+    # AdamW as for the paper's ConvNeXts, rate and decay chosen here: by SGD at 0.1, where VICReg trains, the loss of small
+    # nets is soon not finite (MNIST, convnet_small, seeds 10 to 12).
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim.name": "adamw", "optim.lr": 1e-3, "optim.weight_decay": 1e-6,
+    }  # fmt: skip
 
     class Config(ViewConfig):
         global_share: float = setting(
