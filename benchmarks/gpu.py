@@ -1,6 +1,6 @@
 """Everything that is measured on one CUDA device, in under 8 minutes: the other benchmarks, then complete runs.
 
-    python benchmarks/gpu.py [--parts map_kernels ceiling augment sc_head peers seeds runs mnist] [--seconds 40]
+    python benchmarks/gpu.py [--parts map_kernels ceiling augment sc_head peers seeds runs mnist] [--seconds 20]
                              [--data-dir DATA] [--workers 16] [--out FOLDER]
 
 `runs` trains by the real loop on resident random pixels of the data sets' shapes for `--seconds` each, compilation and
@@ -41,7 +41,7 @@ RUNS = {
 }
 SCRIPTS = {
     "map_kernels": ["map_kernels.py"], "ceiling": ["ceiling.py", "--settings", "best"], "augment": ["augment.py"],
-    "sc_head": ["sc_head.py"], "seeds": ["seeds.py"], "peers": ["peers.py"], "scaling": ["scaling.py"],
+    "sc_head": ["sc_head.py"], "seeds": ["seeds.py", "--counts", "4,16", "--precisions", "bf16"], "peers": ["peers.py"], "scaling": ["scaling.py"],
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     chosen, bench = options(
         "gpu", __doc__ or "", device="cuda",
         parts={"nargs": "+", "choices": parts, "default": [p for p in parts if p != "scaling"]},
-        seconds={"type": float, "default": 40.0, "help": "of training per run that is extrapolated"},
+        seconds={"type": float, "default": 20.0, "help": "of training per run that is extrapolated"},
         data_dir={"type": Path, "default": None, "help": "where real MNIST is"}, out={"type": Path, "default": None},
         workers={"type": int, "default": min(16, os.cpu_count() or 1), "help": "of the peers' loaders"},
         compile={"default": "auto", "help": "as `harness run --compile`"},
