@@ -41,7 +41,8 @@ RUNS = {
 }
 SCRIPTS = {
     "map_kernels": ["map_kernels.py"], "ceiling": ["ceiling.py", "--settings", "best"], "augment": ["augment.py"],
-    "sc_head": ["sc_head.py"], "seeds": ["seeds.py", "--counts", "4,16", "--precisions", "bf16"], "peers": ["peers.py"], "scaling": ["scaling.py"],
+    "sc_head": ["sc_head.py"], "seeds": ["seeds.py", "--counts", "4,16", "--precisions", "bf16"],
+    "peers": ["peers.py"], "scaling": ["scaling.py"],
 }  # fmt: skip
 
 
