@@ -179,9 +179,13 @@ def _epochs(search: Search) -> int:
 
 
 def rungs(search: Search, epochs: int) -> tuple[int, ...]:
-    """After how many of `epochs` epochs the pruner wants to hear of a trial."""
+    """After how many of `epochs` epochs the pruner wants to hear of a trial.
+
+    None later than half of them: a trial that has come so far costs little to finish, and its value is one more to choose
+    from. Of 12 trials of 4 epochs, rungs at 1 and 3 left one to three finished ones (results/studies/tune-fashion-mnist).
+    """
     if search.pruner in ("asha", "hyperband"):
-        return tuple(REDUCTION**n for n in range(64) if REDUCTION**n < epochs)
+        return tuple(REDUCTION**n for n in range(64) if 2 * REDUCTION**n <= epochs)
     if search.pruner == "median":
         count = min(MEDIAN_LOOKS, epochs - 1)
         return tuple(sorted({round((n + 1) * epochs / (count + 1)) for n in range(count)}))
