@@ -217,7 +217,8 @@ def _print(asked: Asked, results: list[Result], as_json: bool) -> None:
         "cost",
         "budget",
     ]
-    print_table(columns, rows, f"{first.study}: {first.objectives[0].name}", columns[1:7])
+    where = "" if asked.dataset == asked.report_on else f", chosen on {asked.dataset}, judged on {asked.report_on}"
+    print_table(columns, rows, f"{first.study}: {first.objectives[0].name}{where}", columns[1:7])
     out = console()
     for result in results:
         failed = [t for t in result.records if t.state == "FAIL"]
