@@ -160,6 +160,12 @@ def test_a_wrong_word_of_a_search_is_one_clear_line(words: dict[str, Any], says:
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("epochs", "looks"), [(1, ()), (2, (1,)), (4, (1,)), (9, (1, 3)), (60, (1, 3, 9, 27))])
+def test_no_rung_is_later_than_half_of_the_epochs(epochs: int, looks: tuple[int, ...], base: Request) -> None:
+    [one] = make_searches(asked(pruner="asha"), base)
+    assert tuning.rungs(one, epochs) == looks
+
+
 def test_pruning_what_trains_nothing_is_refused(base: Request) -> None:
     space = SpaceFile(False, {"eval.knn.temperature": Range(0.01, 1.0)})
     with pytest.raises(HarnessError, match="trains nothing"):
@@ -503,6 +509,28 @@ def eight_by_twenty(workspace: Path, *words: str) -> list[str]:
     return command(workspace, "--method", "random_init", "--objective", "knn.top1", "--space", str(workspace / "space.toml"),
                    "--trials", "160", "--workers", "8", "--study", "many", "--confirm-seeds", "0", "--tracking", "none",
                    *words)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampler", "pruner"), [("gp", "hyperband"), ("tpe", "median")])
+def test_settings_found_on_one_data_set_are_judged_on_another(
+    sampler: str, pruner: str, tmp_path: Path, published_formats: ModuleType
+) -> None:
+    published_formats.write_idx(tmp_path / "data", np.random.default_rng(0), folder="FashionMNIST/raw")
+    words = [
+        "tune", "--method", "rotation", "--tune-on", "digits", "--report-on", "fashion_mnist", "--trials", "3", "--recipe",
+        "quick", "--sampler", sampler, "--pruner", pruner, "--labels", "2pc", "--confirm-seeds", "2", "--tracking", "none",
+        "--study", "across", "--workspace", str(tmp_path / "ws"), "--data-dir", str(tmp_path / "data"), "--offline", "--set",
+        "data.num_pretrain_images=40", "--set", "batch_size=20", "--set", "num_threads=1",
+    ]  # fmt: skip
+    code = "from harness.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "chosen on digits, judged on fashion_mnist" in done.stdout
+    rows = harness.load_results(tmp_path / "ws")
+    assert set(rows[rows.split == "test"].dataset) == {"fashion_mnist"}
+    assert set(rows[rows.dataset == "digits"].split) <= {"validation", "pretrain"}
+    assert set(rows[rows.dataset == "fashion_mnist"].seed).isdisjoint(rows[rows.dataset == "digits"].seed)
 
 
 @pytest.mark.slow
