@@ -44,6 +44,14 @@ def planted_study() -> ModuleType:
     return _support("planted_study")
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """Processes of their own that do not pay for their imports (see tests/support/forks.py)."""
+    served = _support("forks").Forks()
+    yield served
+    served.close()
+
+
 @pytest.fixture
 def postgres() -> Iterator[Any]:
     """A PostgreSQL server of this test's own (see tests/support/postgres.py); skips where there is none."""
