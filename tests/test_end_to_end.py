@@ -58,10 +58,12 @@ def essence(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def done(harness: Harness, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(forks: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """One finished command: its workspace and rows."""
     workspace = tmp_path_factory.mktemp("done")
-    yield workspace, json.loads(harness(*COMMAND, "--json", cwd=workspace))["rows"]
+    done = forks.run(*COMMAND, "--json", cwd=workspace, code=forks.command)  # with all its pictures
+    assert done.returncode == 0, done.stderr
+    yield workspace, json.loads(done.stdout)["rows"]
 
 
 def test_rows_are_complete_unique_and_plain(done: Done) -> None:
