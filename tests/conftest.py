@@ -26,6 +26,20 @@ def _support(name: str) -> ModuleType:
     return sys.modules[full_name]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pictures() -> Iterator[None]:
+    """Runs in the test's own process draw none: they are half of a small run's time, and no input to anything.
+
+    Tests that look at them have a `pictures` of their own, which changes nothing (tests/report/conftest.py).
+    """
+    if "torch" not in sys.modules:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.run_figures._add", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def published_formats() -> ModuleType:
     """Writers of tiny data sets in their published formats (see tests/support/published_formats.py)."""
@@ -42,6 +56,14 @@ def file_server() -> ModuleType:
 def planted_study() -> ModuleType:
     """Searches with planted values (see tests/support/planted_study.py)."""
     return _support("planted_study")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """Processes of their own that do not pay for their imports (see tests/support/forks.py)."""
+    served = _support("forks").Forks()
+    yield served
+    served.close()
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,12 +83,10 @@ print(twin.control.verdict, f"bold:{twin.bold}", f"primary:{twin.control.primary
 """
 
 
-def test_random_init_registered_twice_is_the_same(tmp_path: Path) -> None:
+def test_random_init_registered_twice_is_the_same(forks: Any, tmp_path: Path) -> None:
     """On the same seeds it reads the same to the bit, and the report says so."""
     (tmp_path / "plugins" / "methods").mkdir(parents=True)
     (tmp_path / "plugins" / "methods" / "twin.py").write_text(TWIN)
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(tmp_path / "plugins")], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = forks.run(str(tmp_path / "plugins"), cwd=tmp_path, code=CODE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["equivalent", "bold:False", "primary:True"]

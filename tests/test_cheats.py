@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -162,12 +159,10 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def planted(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def planted(forks: Any, plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """(workspace, {planted evaluator: what was said}): one process gives each of them the same random_init on digits."""
     workspace = tmp_path_factory.mktemp("cheats")
-    done = subprocess.run(
-        [sys.executable, "-c", PLANT, str(plugins), *CHEATS], cwd=workspace, capture_output=True, text=True
-    )
+    done = forks.run(str(plugins), *CHEATS, cwd=workspace, code=PLANT)
     assert done.returncode == 0, done.stderr
     return workspace, json.loads(done.stdout)
 
@@ -190,13 +185,10 @@ def test_honest_evaluators_pass(planted: tuple[Path, dict[str, str]]) -> None:
     assert rows[rows.evaluator == "honest"].value.notna().tolist() == [True]
 
 
-def test_the_command_ends_with_the_line(plugins: Path, tmp_path: Path) -> None:
+def test_the_command_ends_with_the_line(forks: Any, plugins: Path, tmp_path: Path) -> None:
     words = ["run", "--method", "random_init", "--dataset", "digits", "--labels", "10pc", "--no-control", "--eval",
              "unfrozen_encoder", "--plugins", str(plugins)]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "from harness.cli import main; main()", *words],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"},
-    )  # fmt: skip
+    done = forks.run(*words, cwd=tmp_path, COLUMNS="400")
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 2, said
     assert "evaluator 'unfrozen_encoder' changed the encoder that it was given" in said

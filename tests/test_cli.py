@@ -147,10 +147,13 @@ def test_the_process_itself_ends_with_2(tmp_path: Path) -> None:
     assert done.stderr.endswith("?\n") and done.stderr.count("\n") == 1
 
 
-def test_dry_run_writes_nothing_and_json_is_json(tmp_path: Path) -> None:
-    done = harness("run", "--method", "sc", "--dataset", "digits", "--dry-run", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    arms = json.loads(done.stdout)["arms"]
+def test_dry_run_writes_nothing_and_json_is_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--method", "sc", "--dataset", "digits", "--dry-run", "--json"]
+    code, out, err = invoke(words, tmp_path, monkeypatch, capfd)
+    assert code == 0, err
+    arms = json.loads(out)["arms"]
     assert arms[0]["method"] == "sc"
     assert {arm["role"] for arm in arms} == {"method", "null control", "control", "floor"}
     assert len({arm["pretrain_id"] for arm in arms}) == len(arms)

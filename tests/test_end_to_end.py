@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import cli
 from harness.contracts import Row
 
 SMALL = (
@@ -24,24 +25,29 @@ SMALL = (
 COMMAND = ("run", "--method", "sc", "--dataset", "digits", *SMALL)
 
 
-def start(*words: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from harness.cli import main; main()", *words], cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        preexec_fn=_listen_to_ctrl_c,
-    )  # fmt: skip
+Harness = Callable[..., str]
+Done = tuple[Path, list[dict[str, Any]]]
 
 
-def _listen_to_ctrl_c() -> None:
-    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture(scope="module")
+def harness(forks: Any) -> Harness:
+    """harness(*words, cwd=...) -> stdout of the command, which must end with 0."""
+
+    def run(*words: str, cwd: Path) -> str:
+        done: subprocess.CompletedProcess[str] = forks.run(*words, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
-def harness(*words: str, cwd: Path, code: int = 0, **environment: str) -> str:
-    process = start(*words, cwd=cwd, **environment)
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == code, err
-    return out
+def mlflow_runs(workspace: Path) -> tuple[Any, list[Any]]:
+    """Its store as MLflow's own client reads it, and the runs in it."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+    experiment = client.get_experiment_by_name("harness")
+    return client, list(client.search_runs([experiment.experiment_id], max_results=100)) if experiment else []
 
 
 def essence(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -52,13 +58,15 @@ def essence(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+def done(forks: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """One finished command: its workspace and rows."""
     workspace = tmp_path_factory.mktemp("done")
-    yield workspace, json.loads(harness(*COMMAND, "--json", cwd=workspace))["rows"]
+    done = forks.run(*COMMAND, "--json", cwd=workspace, code=forks.command)  # with all its pictures
+    assert done.returncode == 0, done.stderr
+    yield workspace, json.loads(done.stdout)["rows"]
 
 
-def test_rows_are_complete_unique_and_plain(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_rows_are_complete_unique_and_plain(done: Done) -> None:
     workspace, rows = done
     assert {row["method"] for row in rows} == {
         "sc",
@@ -96,7 +104,7 @@ def test_rows_are_complete_unique_and_plain(done: tuple[Path, list[dict[str, Any
     assert len(subsets) == 1  # every arm is measured with the same labelled images
 
 
-def test_rerun_trains_nothing_and_returns_the_same_rows(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_rerun_trains_nothing_and_returns_the_same_rows(done: Done, harness: Harness) -> None:
     workspace, rows = done
     files = {p: p.stat().st_mtime_ns for p in (workspace / "results" / "runs").rglob("*.json")}
     again = json.loads(harness(*COMMAND, "--json", cwd=workspace))["rows"]
@@ -106,24 +114,25 @@ def test_rerun_trains_nothing_and_returns_the_same_rows(done: tuple[Path, list[d
     assert shown["steps"] == shown["steps_executed"] == 2 * (1297 // 128)
 
 
-def test_same_seed_same_bits_in_another_workspace(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_same_seed_same_bits_in_another_workspace(done: Done, harness: Harness, tmp_path: Path) -> None:
     again = json.loads(harness(*COMMAND, "--no-control", "--tracking", "none", "--json", cwd=tmp_path))["rows"]
     assert {row["method"] for row in again} == {"sc"}
     assert essence(again) == essence([row for row in done[1] if row["method"] == "sc"])
 
 
-def test_every_mlflow_run_is_finished_and_holds_the_numbers(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_every_mlflow_run_is_finished_and_holds_the_numbers(done: Done) -> None:
     workspace, rows = done
-    code = (
-        "import mlflow, json, sys\n"
-        "client = mlflow.MlflowClient('sqlite:///mlflow.db')\n"
-        "experiment = client.get_experiment_by_name('harness')\n"
-        "runs = client.search_runs([experiment.experiment_id], max_results=100)\n"
-        "print(json.dumps([[r.info.status, r.data.tags, r.data.params, r.data.metrics,"
-        " [a.path for a in client.list_artifacts(r.info.run_id)]] for r in runs]))\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code], cwd=workspace, capture_output=True, text=True, check=True).stdout
-    runs = json.loads(out.splitlines()[-1])
+    client, found = mlflow_runs(workspace)
+    runs = [
+        [
+            r.info.status,
+            r.data.tags,
+            r.data.params,
+            r.data.metrics,
+            [a.path for a in client.list_artifacts(r.info.run_id)],
+        ]
+        for r in found
+    ]
     assert len(runs) == len({row["pretrain_id"] for row in rows})
     assert {run[0] for run in runs} == {"FINISHED"}
     sc = next(run for run in runs if run[1]["harness.method"] == "sc")
@@ -141,7 +150,7 @@ def test_every_mlflow_run_is_finished_and_holds_the_numbers(done: tuple[Path, li
     assert {"config.json", "environment.json", "figures"} <= set(sc[4])
 
 
-def test_the_table_names_controls_and_where_things_are(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_table_names_controls_and_where_things_are(done: Done, harness: Harness) -> None:
     out = harness(*COMMAND, cwd=done[0])
     for word in (
         "sc",
@@ -158,7 +167,7 @@ def test_the_table_names_controls_and_where_things_are(done: tuple[Path, list[di
         assert word in out
 
 
-def test_evaluate_reuses_the_pretraining(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_evaluate_reuses_the_pretraining(done: Done, harness: Harness) -> None:
     workspace, _ = done
     rows = json.loads(
         harness("evaluate", "latest", "--labels", "5pc", "--eval", "knn", "--no-control", "--json", cwd=workspace)
@@ -168,7 +177,7 @@ def test_evaluate_reuses_the_pretraining(done: tuple[Path, list[dict[str, Any]]]
     assert json.loads(harness("show", "latest", "--json", cwd=workspace))["attempts"] <= 2
 
 
-def test_python_api_reads_what_the_command_wrote(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_python_api_reads_what_the_command_wrote(done: Done) -> None:
     import torch
 
     import harness as package
@@ -181,7 +190,7 @@ def test_python_api_reads_what_the_command_wrote(done: tuple[Path, list[dict[str
     assert encoder(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 64, 6, 6)
 
 
-def test_supervised_identity_depends_on_its_labels(tmp_path: Path) -> None:
+def test_supervised_identity_depends_on_its_labels(harness: Harness, tmp_path: Path) -> None:
     ids = []
     for labels in ("10pc", "all"):
         out = harness(
@@ -218,7 +227,7 @@ class NoTest(Digits):
 '''
 
 
-def test_a_test_split_that_raises_disturbs_nothing_before_the_end(tmp_path: Path) -> None:
+def test_a_test_split_that_raises_disturbs_nothing_before_the_end(forks: Any, tmp_path: Path) -> None:
     from harness import registry
 
     digits, _ = registry.load_dataset("digits")
@@ -239,12 +248,12 @@ def test_a_test_split_that_raises_disturbs_nothing_before_the_end(tmp_path: Path
         "assert 'the test split was opened' in outcome.problems[0], outcome.problems\n"
         "print('ok')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(plugins)], cwd=tmp_path, capture_output=True, text=True)
+    done = forks.run(str(plugins), cwd=tmp_path, code=code)
     assert done.stdout.strip() == "ok", done.stderr
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_cleanly_and_it_continues(signum: int, code: int, tmp_path: Path) -> None:
+def test_a_signal_ends_the_run_cleanly_and_it_continues(signum: int, code: int, forks: Any, tmp_path: Path) -> None:
     long = (
         "run",
         "--method",
@@ -259,7 +268,7 @@ def test_a_signal_ends_the_run_cleanly_and_it_continues(signum: int, code: int, 
         "--labels",
         "10pc",
     )
-    process = start(*long, cwd=tmp_path)
+    process = forks.start(*long, cwd=tmp_path)
     journals = tmp_path / ".harness" / "journals"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any('"metrics"' in p.read_text() for p in journals.glob("*.jsonl")):
@@ -273,16 +282,11 @@ def test_a_signal_ends_the_run_cleanly_and_it_continues(signum: int, code: int, 
     assert "Traceback" not in err
     records = [json.loads(line) for line in next(journals.glob("*.jsonl")).read_text().splitlines()]
     assert records[-1]["kind"] == "end" and records[-1]["status"] == "INTERRUPTED"
-    code_ = (
-        "import mlflow; c = mlflow.MlflowClient('sqlite:///mlflow.db'); e = c.get_experiment_by_name('harness')\n"
-        "print([r.info.status for r in c.search_runs([e.experiment_id])] if e else [])\n"
-    )
-    harness("sync", cwd=tmp_path)
-    out = subprocess.run([sys.executable, "-c", code_], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "RUNNING" not in out and "KILLED" in out
+    assert not cli.app(["sync", "--workspace", str(tmp_path)], standalone_mode=False)
+    assert [run.info.status for run in mlflow_runs(tmp_path)[1]] == ["KILLED"]
 
 
-def test_a_signal_during_a_long_call_into_c_still_ends_the_process(tmp_path: Path) -> None:
+def test_a_signal_during_a_long_call_into_c_still_ends_the_process(forks: Any, tmp_path: Path) -> None:
     """The main thread never returns to Python (a blocked read); the watching thread ends it and closes the journal."""
     code = (
         "import os, signal, sys; from pathlib import Path; from harness import cli, runner, journal\n"
@@ -290,20 +294,15 @@ def test_a_signal_during_a_long_call_into_c_still_ends_the_process(tmp_path: Pat
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"  # the handler never gets to interrupt anything
         "cli._watch_signals()\n"
         "j = journal.Journal(journal.journal_path(Path.cwd(), 'abc')); j.begin('n', {}, {}); runner.open_journals.append(j)\n"
-        "print('ready', flush=True)\n"
-        "while True: os.read(0, 1)\n"
+        "never = os.pipe()[0]; Path('ready').touch()\n"
+        "while True: os.read(never, 1)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = forks.start(cwd=tmp_path, code=code)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "ready").exists():
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=30)
+    process.communicate(timeout=30)
     assert process.returncode == 143
     last = json.loads((tmp_path / ".harness" / "journals" / "abc.jsonl").read_text().splitlines()[-1])
     assert (last["kind"], last["status"]) == ("end", "INTERRUPTED")
@@ -311,6 +310,13 @@ def test_a_signal_during_a_long_call_into_c_still_ends_the_process(tmp_path: Pat
 
 KILLED = ("run", "--method", "sc", "--dataset", "digits", "--epochs", "100", "--labels", "10pc", "--eval", "linear_probe,knn,fine_tune",
           "--set", "num_threads=1", "--set", "eval.fine_tune.min_steps=60", "--tracking", "none", "--checkpoint-seconds", "0.5")  # fmt: skip
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from harness.cli import main; main()", *words], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def kill_until_done(command: tuple[str, ...], workspace: Path, kills: int, longest: float) -> int:
@@ -361,7 +367,7 @@ def assert_little_was_repeated(workspace: Path, interval_seconds: float) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_twenty_kills_leave_the_numbers_of_an_undisturbed_run(tmp_path: Path) -> None:
+def test_twenty_kills_leave_the_numbers_of_an_undisturbed_run(harness: Harness, tmp_path: Path) -> None:
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     calm.mkdir()
     stormy.mkdir()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,15 +27,11 @@ SMALL: dict[str, Any] = {
     ],
 )
 def test_verify_and_run(
-    name: str, writer: str, labels: str, num_test: int, tmp_path: Path, published_formats: ModuleType
+    name: str, writer: str, labels: str, num_test: int, tmp_path: Path, published_formats: ModuleType, forks: Any
 ) -> None:
     data = tmp_path / "data"
     getattr(published_formats, writer)(data, np.random.default_rng(0))
-    code = "from harness.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "data", "verify", name, "--data-dir", str(data), "--json"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = forks.run("data", "verify", name, "--data-dir", str(data), "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {file["state"] for file in json.loads(done.stdout)["files"]} == {"readable, not the published file"}
     rows = harness.run(method="sc", dataset=name, data_dir=data, workspace=tmp_path / "w", labels=labels, **SMALL)

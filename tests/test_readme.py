@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def test_the_example_method_runs_beside_its_controls(tmp_path: Path) -> None:
+def test_the_example_method_runs_beside_its_controls(forks: Any, tmp_path: Path) -> None:
     source = next(
         block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "class Mirror" in block
     )
     assert len(source.splitlines()) <= 35
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "mirror.py").write_text(source)
-    done = subprocess.run(
-        [sys.executable, "-c", "from harness.cli import main; main()", "run", "--method", "mirror", "--dataset", "digits",
-         "--plugins", ".", "--epochs", "3", "--labels", "10pc", "--eval", "knn", "--tracking", "none", "--json"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = forks.run("run", "--method", "mirror", "--dataset", "digits", "--plugins", ".", "--epochs", "3", "--labels", "10pc",
+                     "--eval", "knn", "--tracking", "none", "--json", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert {"mirror", "random_init", "pixels"} <= {row["method"] for row in rows if row["value"] is not None}

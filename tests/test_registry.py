@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,14 +58,7 @@ def test_unknown_names_list_near_ones() -> None:
         registry.load_dataset("digits:x")
 
 
-def python(code: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": ""}
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
-def test_a_folder_of_plugins_is_used_only_when_named(tmp_path: Path) -> None:
+def test_a_folder_of_plugins_is_used_only_when_named(forks: Any, tmp_path: Path) -> None:
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "mine.py").write_text(PLUGIN)
     code = (
@@ -78,7 +69,7 @@ def test_a_folder_of_plugins_is_used_only_when_named(tmp_path: Path) -> None:
         "assert pickle.loads(pickle.dumps(plugin)) is plugin\n"
         "print(plugin.__module__)\n"
     )
-    done = python(code, tmp_path, str(tmp_path))
+    done = forks.run(str(tmp_path), cwd=tmp_path, code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "harness.methods.mine"
 
@@ -104,7 +95,7 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry._load.__wrapped__("method", "third_party").__name__ == "RandomInit"
 
 
-def test_two_public_classes_are_refused(tmp_path: Path) -> None:
+def test_two_public_classes_are_refused(forks: Any, tmp_path: Path) -> None:
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "two.py").write_text(PLUGIN + PLUGIN.replace("class Mine", "class Yours"))
     code = (
@@ -113,5 +104,5 @@ def test_two_public_classes_are_refused(tmp_path: Path) -> None:
         "try: registry.load('method', 'two')\n"
         "except Exception as error: print(error)\n"
     )
-    done = python(code, tmp_path, str(tmp_path))
+    done = forks.run(str(tmp_path), cwd=tmp_path, code=code)
     assert "must define exactly one public Method class; found Mine, Yours" in done.stdout

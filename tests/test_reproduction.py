@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
@@ -105,17 +103,12 @@ def test_what_differs_is_printed_and_the_quick_scale_says_what_it_is_not(name: s
         assert load_grid(TABLES[name].grid(scale))["methods"] == ("sc",)  # type: ignore[arg-type]
 
 
-def command(*words: str, cwd: Path, code: int) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from harness.cli import main; main()", *words]
-    done = subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=280)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def test_missing_data_says_how_to_fetch_it_and_a_wrong_table_what_there_is(tmp_path: Path) -> None:
-    done = command("reproduce", "table1", "--data-dir", "nowhere", cwd=tmp_path, code=2)
+def test_missing_data_says_how_to_fetch_it_and_a_wrong_table_what_there_is(forks: Any, tmp_path: Path) -> None:
+    done = forks.run("reproduce", "table1", "--data-dir", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
     assert "harness data fetch stl10 --data-dir nowhere" in done.stderr and done.stderr.count("\n") == 1
-    done = command("reproduce", "table9", cwd=tmp_path, code=2)
+    done = forks.run("reproduce", "table9", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
     assert "did you mean" in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,22 +20,29 @@ TINY = ("--set", "batch_size=8", "--epochs", "1", "--encoder", "convnet_small", 
 KEY = ("method", "evaluator", "readout", "labels", "fold", "split", "metric", "seed")
 
 
-def harness(*words: str, cwd: Path, code: int = 0) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", "from harness.cli import main; main()", *words], cwd=cwd, text=True, capture_output=True,
-        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "HARNESS_DATA": str(cwd / "data")},
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+class Harness:
+    """The command in a folder that has its data in data/."""
 
+    def __init__(self, forks: Any) -> None:
+        self.forks = forks
 
-def rows_of(*words: str, cwd: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(harness(*words, "--json", cwd=cwd)[0])["rows"]
-    return rows
+    def __call__(self, *words: str, cwd: Path, code: int = 0) -> tuple[str, str]:
+        done = self.forks.run(*words, cwd=cwd, HARNESS_DATA=str(cwd / "data"))
+        assert done.returncode == code, done.stderr
+        return done.stdout, done.stderr
+
+    def rows_of(self, *words: str, cwd: Path) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self(*words, "--json", cwd=cwd)[0])["rows"]
+        return rows
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, published_formats: ModuleType) -> Path:
+def harness(forks: Any) -> Harness:
+    return Harness(forks)
+
+
+@pytest.fixture(scope="module")
+def place(harness: Harness, tmp_path_factory: pytest.TempPathFactory, published_formats: ModuleType) -> Path:
     """A workspace with a finished run of sc on MNIST, and the files of both sets below data/."""
     folder = tmp_path_factory.mktemp("transfer")
     published_formats.write_idx(folder / "data", np.random.default_rng(0))
@@ -54,9 +58,9 @@ def source(place: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def moved(place: Path) -> list[dict[str, Any]]:
+def moved(harness: Harness, place: Path) -> list[dict[str, Any]]:
     """The rows of its evaluation on Fashion-MNIST."""
-    return rows_of("evaluate", source(place), "--dataset", "fashion_mnist", "--eval", "linear_probe,knn,representation",
+    return harness.rows_of("evaluate", source(place), "--dataset", "fashion_mnist", "--eval", "linear_probe,knn,representation",
                    "--tracking", "none", cwd=place)  # fmt: skip
 
 
@@ -80,14 +84,16 @@ def test_rows_say_where_it_was_pretrained_and_where_it_was_measured(place: Path,
     assert len(set(keys)) == len(keys)
 
 
-def test_the_controls_are_those_of_the_new_data_by_the_same_protocol(place: Path, moved: list[dict[str, Any]]) -> None:
+def test_the_controls_are_those_of_the_new_data_by_the_same_protocol(
+    harness: Harness, place: Path, moved: list[dict[str, Any]]
+) -> None:
     assert {row["method"] for row in moved} == {"sc", "random_init", "supervised", "pixels", "pixels_svm", "hog"}
     assert {row["encoder"] for row in moved if row["method"] in ("sc", "random_init", "supervised")} == {
         "convnet_small"
     }
     assert len({row["label_subset_sha256"] for row in moved if row["labels"] and row["method"] != "pixels"}) == 1
     # random_init on Fashion-MNIST is the one that `harness run` there makes
-    direct = rows_of("run", "--method", "random_init", "--dataset", "fashion_mnist", *TINY, "--eval",
+    direct = harness.rows_of("run", "--method", "random_init", "--dataset", "fashion_mnist", *TINY, "--eval",
                      "linear_probe,representation", "--no-control", cwd=place)  # fmt: skip
     assert {row["eval_id"] for row in direct} <= {row["eval_id"] for row in moved if row["method"] == "random_init"}
 
@@ -114,9 +120,9 @@ def test_the_numbers_are_those_of_the_stored_encoder(place: Path, moved: list[di
     assert found == [pytest.approx(by_hand)]
 
 
-def test_again_is_free_and_the_runs_own_rows_stay(place: Path, moved: list[dict[str, Any]]) -> None:
+def test_again_is_free_and_the_runs_own_rows_stay(harness: Harness, place: Path, moved: list[dict[str, Any]]) -> None:
     files = {p: p.stat().st_mtime_ns for p in records.runs_folder(place).rglob("*.json")}
-    again = rows_of("evaluate", source(place), "--dataset", "fashion_mnist", "--eval", "linear_probe,knn,representation",
+    again = harness.rows_of("evaluate", source(place), "--dataset", "fashion_mnist", "--eval", "linear_probe,knn,representation",
                     "--tracking", "none", cwd=place)  # fmt: skip
     written = [sorted(json.dumps(row, sort_keys=True) for row in rows) for rows in (again, moved)]
     assert written[0] == written[1]
@@ -144,7 +150,7 @@ def test_other_images_are_another_evaluation(place: Path, moved: list[dict[str, 
     assert set(changed.eval_id).isdisjoint(row["eval_id"] for row in moved)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(place: Path, published_formats: ModuleType) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(harness: Harness, place: Path, published_formats: ModuleType) -> None:
     published_formats.write_cifar10(place / "data", np.random.default_rng(0))
     published_formats.write_stl10(place / "data", np.random.default_rng(0))
     for dataset, shape in (("stl10", "96 x 96 pixels and 3 channels;"), ("cifar10", "32 x 32 pixels and 3 channels;")):
@@ -174,11 +180,11 @@ def test_a_folder_is_resized_to_the_encoder(place: Path, published_formats: Modu
     assert not rows.data_verified.any()
 
 
-def test_a_run_goes_on_to_several_data_sets_and_seeds(place: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_several_data_sets_and_seeds(harness: Harness, place: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(place / "data")
     words = ("run", "--method", "sc", "--dataset", "mnist", *TINY, "--eval", "knn", "--no-control", "--seeds", "0-1",
              "--transfer", "fashion_mnist")  # fmt: skip
-    rows = rows_of(*words, cwd=tmp_path)
+    rows = harness.rows_of(*words, cwd=tmp_path)
     test = {(r["seed"], r["dataset"], r["pretrain_data"]) for r in rows if r["split"] == "test"}
     assert test == {(s, d, p) for s in (0, 1) for d, p in (("mnist", "train"), ("fashion_mnist", "mnist:train"))}
     for seed in (0, 1):
@@ -204,8 +210,8 @@ def test_mlflow_keeps_both_data_sets_apart() -> None:
     assert here.key == "knn.gap.test.top1 labels:all" and there.key == "knn.gap.test.top1 labels:all on:fashion_mnist"
 
 
-def test_robustness_and_calibration_run_beside_the_pixels_floor(place: Path) -> None:
-    rows = rows_of("run", "--method", "sc", "--dataset", "mnist", *TINY, "--eval", "robustness,calibration,linear_probe",
+def test_robustness_and_calibration_run_beside_the_pixels_floor(harness: Harness, place: Path) -> None:
+    rows = harness.rows_of("run", "--method", "sc", "--dataset", "mnist", *TINY, "--eval", "robustness,calibration,linear_probe",
                    cwd=place)  # fmt: skip
     keys = [tuple(row[k] for k in KEY) for row in rows]
     assert len(set(keys)) == len(keys)

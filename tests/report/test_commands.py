@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +33,14 @@ def invoke(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command itself, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", "from harness.cli import main; main()", *words], cwd=cwd, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rotation and random_init at three seeds, HOG at one."""
     folder = tmp_path_factory.mktemp("report")
-    for method, seeds in (("hog", [0]), ("random_init", [0, 1, 2]), ("rotation", [0, 1, 2])):
-        run(method, workspace=folder, seeds=seeds, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.run_figures._add", lambda *_, **__: None)  # no pictures here
+        for method, seeds in (("hog", [0]), ("random_init", [0, 1, 2]), ("rotation", [0, 1, 2])):
+            run(method, workspace=folder, seeds=seeds, **SMALL)
     return folder
 
 
@@ -89,19 +80,19 @@ def test_every_form_is_written(workspace: Path, tmp_path: Path) -> None:
     assert "rotation" in terminal and "minus" in terminal
 
 
-def test_mistakes_get_one_line(workspace: Path, tmp_path: Path) -> None:
+def test_mistakes_get_one_line(forks: Any, workspace: Path, tmp_path: Path) -> None:
     for words, message in (
         (("report", "--filter", "dataset=mnist"), "leaves no row"), (("report", "--rows", str(tmp_path)), "no row file"),
         (("compare", "latest", "latest"), "both words name run"),
     ):  # fmt: skip
         with pytest.raises(HarnessError, match=message):
             invoke(*words, cwd=workspace)
-    done = command("report", "--filter", "sead=1", cwd=workspace)
+    done = forks.run("report", "--filter", "sead=1", cwd=workspace)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean seed" in done.stderr
 
 
-def test_an_empty_workspace_is_no_error(tmp_path: Path) -> None:
-    done = command("report", cwd=tmp_path)
+def test_an_empty_workspace_is_no_error(forks: Any, tmp_path: Path) -> None:
+    done = forks.run("report", cwd=tmp_path)
     assert done.returncode == 0 and "no measured evaluation" in done.stderr and done.stdout == ""
 
 
