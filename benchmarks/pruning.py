@@ -4,7 +4,7 @@
                                  [--pruner asha] [--studies 3] [--labels 1000] [--workspace DIR]
 
 Both searches draw the same settings (quasi-random, by study and trial number) and train on real data by recipe `quick`,
-for more epochs, so that there are rungs at 1 and 3. Epochs are of pretraining, over all trials. `best` is the validation
+for more epochs, so that there are rungs. Epochs are of pretraining, over all trials. `best` is the validation
 value of the best trial. Repeated over several studies, which draw other settings.
 """
 

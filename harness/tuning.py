@@ -37,7 +37,8 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 PATIENCE_SECONDS = 90.0  # how long a call waits for a storage that was there and is away, a database's restart say
 SAMPLERS = ("tpe", "gp", "random", "qmc")
 PRUNERS = ("asha", "hyperband", "median", "wilcoxon", "none")
-REDUCTION = 3  # asha, hyperband: one trial in so many goes on at a rung, each rung that many times the epochs
+REDUCTION = 3  # hyperband: one trial in so many goes on at a rung, each rung that many times the epochs
+FIRST_LOOK = 4  # asha: the better half goes on after one epoch in so many, and again after twice as many
 MEDIAN_LOOKS = 10  # rungs of the median pruner, at most
 WILCOXON_SEEDS = 5  # with fewer the test could stop a trial at its last seed at the earliest
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -166,7 +167,7 @@ def _pruner(search: Search) -> Any:
 
 def _make_pruner(search: Search) -> Any:
     return {
-        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
+        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(_halvings(_epochs(search))[0], reduction_factor=2),
         "hyperband": lambda: optuna.pruners.HyperbandPruner(1, _epochs(search), REDUCTION),
         "median": lambda: optuna.pruners.MedianPruner(),
         "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(),
@@ -178,13 +179,18 @@ def _epochs(search: Search) -> int:
     return settings_of(search.request_of({}, search.seeds[0])).epochs
 
 
-def rungs(search: Search, epochs: int) -> tuple[int, ...]:
-    """After how many of `epochs` epochs the pruner wants to hear of a trial.
+def _halvings(epochs: int) -> tuple[int, int]:
+    """asha's rungs: ranks after one epoch of nine said little of the end (benchmarks/pruning.py), after two much more."""
+    first = max(1, epochs // FIRST_LOOK)
+    return first, 2 * first
 
-    None later than half of them: a trial that has come so far costs little to finish, and its value is one more to choose
-    from. Of 12 trials of 4 epochs, rungs at 1 and 3 left one to three finished ones (results/studies/tune-fashion-mnist).
-    """
-    if search.pruner in ("asha", "hyperband"):
+
+def rungs(search: Search, epochs: int) -> tuple[int, ...]:
+    """After how many of `epochs` epochs the pruner wants to hear of a trial; none later than half of them, since a trial
+    that has come so far costs little to finish, and its value is one more to choose from."""
+    if search.pruner == "asha":
+        return tuple(epoch for epoch in _halvings(epochs) if 2 * epoch <= epochs)
+    if search.pruner == "hyperband":
         return tuple(REDUCTION**n for n in range(64) if 2 * REDUCTION**n <= epochs)
     if search.pruner == "median":
         count = min(MEDIAN_LOOKS, epochs - 1)
