@@ -1,14 +1,14 @@
 """Batch norm over maps whose channels lie next to each other, on CUDA with the activation that follows in one pass.
 
-torch's own kernels for channels_last maps reach a fraction of the memory's speed and know no activation: on an H200
-they were a third of a step of the paper's CIFAR-10 net (docs/decisions/013). Everywhere else - a CPU, evaluation,
+torch's own kernels for channels_last maps know no activation and are slow to sum over pixels: with the leaky ReLU behind
+them they were a third of a step of the paper's CIFAR-10 net on an H200 (docs/decisions/013). Everywhere else - a CPU, evaluation,
 vmap, a compiler that fuses by itself - `BatchNorm2d` is torch's.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,9 +34,20 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        out: Tensor = _BatchNorm.apply(
-            images, other, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, slope
-        )
+        with torch.cuda.device_of(
+            images
+        ):  # Triton starts kernels on the current device, which need not be the tensor's
+            out: Tensor = _BatchNorm.apply(
+                images,
+                other,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                self.momentum,
+                self.eps,
+                slope,
+            )
         return out
 
 
@@ -78,18 +89,32 @@ def fits(norm: nn.BatchNorm2d, images: Tensor) -> bool:
 
 def plain(images: Tensor) -> bool:
     """A channels_last map on CUDA, in a step that is eager or being captured."""
-    if torch.compiler.is_compiling() or not (images.is_cuda and _has_triton()):
+    if torch.compiler.is_compiling() or not images.is_cuda:
         return False
     return (
         type(images) is Tensor and not torch._C._functorch.is_batchedtensor(images)
         and images.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and images.is_contiguous(memory_format=torch.channels_last)
+        and images.is_contiguous(memory_format=torch.channels_last) and usable(images.device)
     )  # fmt: skip
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def usable(device: torch.device) -> bool:
+    """Whether a kernel can be started there: Triton may be absent, too old for the card, or without a C compiler.
+
+    Tried once; a failure is said, and training goes on with torch's own kernels.
+    """
+    try:
+        from harness import map_kernels as kernels
+
+        with torch.cuda.device(device):
+            one = torch.ones(2, device=device)
+            kernels.added_up[(1, 2)](one, torch.empty_like(one), 1, 1, BLOCK_P=16, BLOCK_C=16)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        warnings.warn(f"Triton cannot be used on {device} ({reason}); torch's own kernels are", stacklevel=2)
+        return False
+    return True
 
 
 def blocks(channels: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,16 @@ def test_only_training_on_cuda_is_ours() -> None:
     norm = BatchNorm2d(48)
     assert not fits(norm, images)
     torch.testing.assert_close(norm(images), nn.BatchNorm2d(48)(images), rtol=0, atol=0)
+
+
+def test_where_no_kernel_can_be_started_it_is_said_once_and_torchs_are_used() -> None:
+    batch_norm.usable.cache_clear()
+    nowhere = torch.device("cuda", 99)
+    with pytest.warns(UserWarning, match="Triton cannot be used on cuda:99 .*; torch's own kernels are"):
+        assert not batch_norm.usable(nowhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not batch_norm.usable(nowhere)
 
 
 @CUDA
