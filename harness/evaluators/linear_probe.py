@@ -203,7 +203,9 @@ class _Hessian:
 
     def solve(self, gradient_weight: Tensor, gradient_bias: Tensor) -> tuple[Tensor, Tensor]:
         """-Hessian^-1 gradient by preconditioned conjugate gradients, truncated where more accuracy is of no use."""
-        norm = max(float(gradient_weight.abs().max()), float(gradient_bias.abs().max()))
+        norm = float(
+            torch.cat([gradient_weight.flatten(), gradient_bias]).abs().max()
+        )  # of constant features: no weight
         scale = 1 / max(norm, 1e-300)  # keeps float32 away from its smallest numbers
         rest = [-(gradient_weight * scale).float(), -(gradient_bias * scale).float()]
         found = [torch.zeros_like(part) for part in rest]

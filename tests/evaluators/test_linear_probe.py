@@ -96,6 +96,14 @@ def test_all_features_constant() -> None:
     assert torch.allclose(model.logits(torch.ones(1, 4)), torch.zeros(1, 2, dtype=torch.float64), atol=1e-6)
 
 
+def test_constant_features_of_classes_of_unequal_size() -> None:
+    """Nothing but the classes' shares can be learnt from features of a collapsed network."""
+    labels = torch.tensor([0] * 12 + [1] * 5 + [2] * 3)
+    for model in fit_path(torch.ones(20, 4), labels, 4, [1e2, 1e-6]):
+        shares = torch.softmax(model.logits(torch.ones(1, 4)), 1)[0]
+        assert torch.allclose(shares, torch.tensor([12, 5, 3, 0], dtype=torch.float64) / 20, atol=1e-4)
+
+
 def test_pca_spans_the_same_space_as_scikit_learn() -> None:
     train, _, test = _problem("tall")
     mean, axes = pca(train, 10)
