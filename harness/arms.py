@@ -200,6 +200,12 @@ def own_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Callable[[
     return lambda: plugin.own_encoder(info) or own
 
 
+def encoder_revision(method: str, config: RunConfig, info: DatasetInfo) -> int | None:
+    """`harness.encoders.revision` of the network that the method trains or reads: the asked-for one or its own."""
+    own = own_encoder(method, config, info)
+    return encoders.revision(config.encoder.name if own is None else own().name)
+
+
 def build_encoder(method: str, config: RunConfig, info: DatasetInfo) -> Encoder:
     """The arm's freshly initialised encoder: the same seed gives every method the same one."""
     own = own_encoder(method, config, info)
@@ -495,7 +501,7 @@ def _identity(
         shared += ("optim.", "schedule.")
     expression = config.data.pretrain_split or info.pretrain_split
     opened = expression.split("+") + (["train"] if labelled is not None else [])
-    revision = encoders.revision(config.encoder.name if own is None else own().name)
+    revision = encoder_revision(name, config, info)
     return {
         "method": name,
         "settings": {k: v for k, v in settings.items() if k.startswith(shared) and k != "method_name"},

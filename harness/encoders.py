@@ -177,7 +177,10 @@ def with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 # ------------------------------------------------------------------------------------------------------------- by name
 
-OWN_NAMES = (*NETS, "resnet18_small", "resnet18", "resnet50", *SIZES)
+RESNETS = ("resnet18_small", "resnet18", "resnet50")
+OWN_NAMES = (*NETS, *RESNETS, *SIZES)
+# ResNets, 1: convolutions over small maps are products on some CPUs (harness/small_maps.py)
+REVISIONS = dict.fromkeys(RESNETS, 1) | dict.fromkeys(SIZES, REVISION)
 
 
 def multiply_adds(encoder: Encoder, info: DatasetInfo) -> int:
@@ -213,7 +216,7 @@ def names() -> tuple[str, ...]:
 def revision(name: str) -> int | None:
     """Of the arithmetic of a network, where that has changed since NUMBERS_VERSION was last bumped: only runs that use it
     become other runs."""
-    return REVISION if name in SIZES else None
+    return REVISIONS.get(name)
 
 
 def same_kind(name: str, other: str) -> bool:

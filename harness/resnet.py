@@ -1,4 +1,4 @@
-"""torchvision's ResNets with our batch norm and max pooling; the same tensors, names and, on a CPU, arithmetic."""
+"""torchvision's ResNets with our batch norm, max pooling and convolutions over small maps; the same tensors and names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock
 
 from harness.batch_norm import BatchNorm2d, fits, in_order
 from harness.max_pool import MaxPool2d
+from harness.small_maps import Conv2d
 
 
 class _BasicBlock(BasicBlock):
@@ -35,4 +36,6 @@ def make(name: str) -> Any:
             module.__class__ = _BasicBlock
         elif type(module) is nn.MaxPool2d:
             module.__class__ = MaxPool2d
+        elif type(module) is nn.Conv2d:
+            module.__class__ = Conv2d
     return model

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import arms, encoders, fingerprint, records, registry, runs
-from harness.arms import Origin, Request, pretext_id
+from harness import arms, fingerprint, records, registry, runs
+from harness.arms import Origin, Request, encoder_revision, pretext_id
 from harness.config import RunConfig
 from harness.contracts import Dataset, DatasetInfo, HarnessError
 
@@ -70,7 +70,7 @@ def request_elsewhere(run: runs.Run, dataset: str, overrides: dict[str, Any], **
     if (identity["code"], identity["numbers_version"], identity.get("encoder_revision")) != (
         fingerprint.code_sha256(plugin),
         fingerprint.NUMBERS_VERSION,
-        encoders.revision(run.facts["config"]["encoder.name"]),
+        encoder_revision(run.facts["method"], run.config, run.info),
     ):
         raise HarnessError(f"run {run.pretrain_id} was made by other code than there is now; run its command again")
     again = runs.request_again(run, overrides, **changes)

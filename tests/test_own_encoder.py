@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness import export, fingerprint, registry, runs, vit
-from harness.arms import Arm, Request, build_encoder, make_plan
+from harness import encoders, export, fingerprint, registry, runs, vit
+from harness.arms import Arm, Request, build_encoder, encoder_revision, make_plan
 from harness.config import Layers, load_recipe
 from harness.contracts import HarnessError
 from harness.runner import run
@@ -71,6 +71,15 @@ def test_a_convolutional_encoder_is_refused_by_name(name: str, asked: str) -> No
 def test_a_floor_lets_the_encoder_be_named_for_the_controls() -> None:
     assert arm("pixels", "resnet18").encoder == "pixels"
     assert arm("coates_kmeans", "resnet18").pretrain_id == arm("coates_kmeans").pretrain_id
+
+
+def test_the_revision_is_that_of_the_network_that_is_used() -> None:
+    """Not of the one that is named for the controls: a transfer asks for it again."""
+    info = registry.load_dataset("digits")[0](Path(), None, None).info
+    for name, revision in (("pixels", None), ("sc", encoders.REVISIONS["resnet18_small"])):
+        made = arm(name, "resnet18_small")
+        assert encoder_revision(name, made.config, info) == revision
+        assert made.identity.get("encoder_revision") == revision
 
 
 def test_a_named_encoder_starts_as_the_controls_one(small_vits: None) -> None:
