@@ -1,7 +1,7 @@
 """What pruning saves: the same search with and without a pruner, epochs used and best value side by side.
 
     python benchmarks/pruning.py --data-dir DIR [--dataset fashion_mnist] [--method sc] [--trials 12] [--epochs 9]
-                                 [--pruner asha] [--studies 3] [--labels 1000] [--workspace DIR]
+                                 [--pruner asha] [--first 0] [--studies 3] [--labels 1000] [--workspace DIR]
 
 Both searches draw the same settings (quasi-random, by study and trial number) and train on real data by recipe `quick`,
 for more epochs, so that there are rungs. Epochs are of pretraining, over all trials. `best` is the validation
@@ -41,7 +41,7 @@ def main() -> None:
     for flag, default in (("--dataset", "fashion_mnist"), ("--method", "sc"), ("--pruner", "asha"), ("--labels", "1000"),
                           ("--objective", "linear_probe.gap.top1")):  # fmt: skip
         parser.add_argument(flag, default=default)
-    for flag, number in (("--trials", 12), ("--epochs", 9), ("--studies", 3)):
+    for flag, number in (("--trials", 12), ("--epochs", 9), ("--first", 0), ("--studies", 3)):
         parser.add_argument(flag, type=int, default=number)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--workspace", type=Path)
@@ -51,7 +51,7 @@ def main() -> None:
           f"{words.objective}")  # fmt: skip
     print(f"{'study':>6} {'epochs, none':>13} {f'epochs, {words.pruner}':>13} {'share':>6} {'best, none':>11} "
           f"{f'best, {words.pruner}':>11} {'difference':>11}", flush=True)  # fmt: skip
-    for number in range(words.studies):
+    for number in range(words.first, words.first + words.studies):
         results = {pruner: searched(words, workspace, f"pruning-{number}", pruner) for pruner in ("none", words.pruner)}
         epochs = [sum(t.attrs["epochs"] for t in result.records) for result in results.values()]
         best = [(result.records[result.best].values or (0.0,))[0] if result.best is not None else float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -20,16 +21,17 @@ import optuna
 import pytest
 
 import harness
-from harness import registry, search, search_files, tuning
+from harness import registry, search, search_files, search_workers, tuning
 from harness.arms import Request
 from harness.config import load_recipe
 from harness.contracts import Choice, HarnessError, Range
+from harness.grid import Planner
 from harness.journal import finished as ended
 from harness.journal import is_alive, journals_folder, lock_path
 from harness.search import Asked, make_searches
 from harness.search_space import Dimension, PairedDraws, SpaceFile, digest, load_space
 from harness.search_workers import Ended, work
-from harness.trials import Search, measure
+from harness.trials import Pruned, Search, measure
 
 TINY = {"epochs": 3, "num_threads": 1, "precision": "fp32", "data.num_pretrain_images": 256}
 NARROW = SpaceFile(False, {"optim.lr": Range(0.01, 0.1, log=True), "schedule.name": Choice(("step", "cosine"))})
@@ -160,12 +162,32 @@ def test_a_wrong_word_of_a_search_is_one_clear_line(words: dict[str, Any], says:
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("epochs", "looks"), [(1, ()), (2, (1,)), (4, (1, 2)), (9, (2, 4)), (60, (15, 30))])
-def test_half_of_the_trials_go_on_after_a_quarter_and_after_half_of_the_epochs(
+@pytest.mark.parametrize(
+    ("epochs", "looks"), [(1, ()), (2, (1,)), (3, (1,)), (4, (1, 2)), (7, (2, 3)), (9, (2, 3, 4)), (60, (15, 20, 30))]
+)
+def test_half_of_the_trials_go_on_after_a_quarter_a_third_and_half_of_the_epochs(
     epochs: int, looks: tuple[int, ...], base: Request
 ) -> None:
     [one] = make_searches(asked(pruner="asha"), base)
     assert tuning.rungs(one, epochs) == looks
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_the_better_half_goes_on(direction: str, base: Request) -> None:
+    """Against a count by hand, trial after trial; at a rung of factor 2 as Optuna's own successive halving decides."""
+    [one] = make_searches(asked(pruner="asha"), base)
+    values = [0.5, 0.4, 0.6, 0.6, 0.55, 0.1, 0.7, 0.58, 0.62, math.nan]
+    gone = [False, True, False, False, True, True, False, False, False, True]
+    sign = 1 if direction == "maximize" else -1
+    study, theirs = (optuna.create_study(direction=direction, pruner=pruner) for pruner in
+                     (tuning._make_pruner(one), optuna.pruners.SuccessiveHalvingPruner(1, 2)))  # fmt: skip
+    for value, ends in zip(values, gone, strict=True):
+        trials = study.ask(), theirs.ask()
+        assert not trials[0].should_prune()  # nothing was said yet
+        for trial in trials:
+            trial.report(sign * value, 1)
+        assert trials[0].should_prune() == ends
+        assert math.isnan(value) or trials[1].should_prune() == ends
 
 
 def test_pruning_what_trains_nothing_is_refused(base: Request) -> None:
@@ -568,6 +590,24 @@ def test_optuna_alone_opens_a_postgresql_study(base: Request, postgres: Any) -> 
     [one] = carried_out(asked(trials=2, storage=postgres.url), base)
     study = optuna.load_study(study_name=one.name, storage=postgres.url.replace("postgresql:", "postgresql+psycopg:"))
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+
+
+def test_a_trial_given_back_is_not_judged_again_where_it_had_passed(base: Request) -> None:
+    [one] = make_searches(asked(pruner="asha", trials=2, overrides=TINY | {"epochs": 4}), base)
+    study = tuning.prepare(one)
+    first = tuning.claim(one, study)
+    assert first is not None
+    first.report(0.5, 1)
+    first.report(0.4, 2)
+    tuning.release(study, first._trial_id)
+    again, better = tuning.claim(one, study), tuning.claim(one, study)
+    assert again is not None and better is not None and again.number == first.number
+    for epoch in (1, 2):
+        better.report(0.6, epoch)
+    trial = search_workers._Trial(one, study, again, Planner(), lambda _: None)
+    trial._look(1, 0.5)
+    with pytest.raises(Pruned):
+        trial._look(2, 0.4)
 
 
 def test_a_trial_that_another_worker_has_finished_is_dropped(base: Request) -> None:
