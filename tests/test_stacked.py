@@ -125,7 +125,8 @@ def test_every_optimiser_keeps_the_seeds_apart(optim: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", [n for n in METHODS if reason_of(n) is None])
 def test_in_float32_within_the_golden_tolerance(name: str) -> None:
     """Small steps: one ReLU that rounds to the other side turns sc's gradient by 1%, in a separate run as well."""
-    p = plan(lr={"dcgan": 0.0005}.get(name, 0.002))  # dcgan's two networks answer each other's rounding
+    # dcgan's two networks answer each other's rounding; vicregl's loss is large, and a cell can find another partner
+    p = plan(lr={"dcgan": 0.0005, "vicregl": 0.0005}.get(name, 0.002))
     separate, group = methods(name), methods(name)
     before = copy.deepcopy(separate)
     expected, found = apart(separate, p), together(group, p)
