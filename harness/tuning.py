@@ -199,11 +199,16 @@ class _BetterHalf(optuna.pruners.BasePruner):
         return math.isnan(mine) or better >= max(1, (len(others) + 1) // 2)
 
 
+def asha_looks(epochs: int) -> tuple[int, ...]:
+    """The epochs after which `asha` judges a trial of so many."""
+    return tuple(sorted({min(round(share * epochs), epochs // 2) for share in LOOKS} - {0}))
+
+
 def rungs(search: Search, epochs: int) -> tuple[int, ...]:
     """After how many of `epochs` epochs the pruner wants to hear of a trial; `asha` and `hyperband` not later than half of
     them: a trial that has come so far costs little to finish, and its value is one more to choose from."""
     if search.pruner == "asha":
-        return tuple(sorted({min(round(share * epochs), epochs // 2) for share in LOOKS} - {0}))
+        return asha_looks(epochs)
     if search.pruner == "hyperband":
         return tuple(REDUCTION**n for n in range(64) if 2 * REDUCTION**n <= epochs)
     if search.pruner == "median":
