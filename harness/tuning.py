@@ -183,8 +183,8 @@ class _BetterHalf(optuna.pruners.BasePruner):
     """Asynchronous successive halving (Li et al., 2020): at each rung a trial goes on that is among the better half of those
     that have come so far.
 
-    Optuna's own has rungs at powers of the reduction factor only. Over random orders of the same trials, a third look
-    between a quarter and half of the epochs saved more and lost no more (benchmarks/results/pruning-cpu-2026-11-26.txt).
+    Optuna's own has rungs at powers of the reduction factor only. What a look between a quarter and half of the epochs saves
+    and loses, whatever order trials come in: benchmarks/results/pruning-cpu-2026-11-26.txt.
     """
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
