@@ -160,7 +160,8 @@ class _Trial:
         self.epochs = epoch
         if epoch < self.passed:  # before it was given back: a rung that it passed then, it is not judged at again
             return
-        self.trial.report(value, epoch)
+        if epoch > self.passed:
+            self.trial.report(value, epoch)
         if self.trial.should_prune():
             raise Pruned
 
