@@ -22,7 +22,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ceiling import make, toy_info
-from measuring import median, options, spread, synchronise
+from measuring import Bench, median, options, spread, synchronise
 
 from harness import optim
 from harness.arms import resolve_precision
@@ -92,14 +92,14 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    _, bench = options("sc_head", __doc__ or "")
+def at_large(bench: Bench) -> None:
+    """The first table: time and memory of one pass over many patches."""
     device = bench.device
     ours(
         torch.randn(4, CHANNELS, SIDE, SIDE, device=device, requires_grad=True), torch.zeros(2, 4, 2).long().to(device)
     )
     call = backward_of(ours, LARGE, device)
-    before = peak_bytes(device)  # first of all: a process's peak never falls
+    before = peak_bytes(device)
     began = bench.clock()
     call()
     synchronise(device)
@@ -112,8 +112,11 @@ def main() -> None:
          ["(N, N, D) would take MiB", LARGE**2 * 3072 * 4 / 2**20]],
     )  # fmt: skip
     bench.figures["ours 4096 MiB"] = peak / 2**20
-    del call
 
+
+def against_others(bench: Bench) -> None:
+    """The second table: other ways to write the same."""
+    device = bench.device
     rows: list[list[Any]] = []
     for count in SIZES:
         forms = {"ours": ours, "unfold and cdist": unfold_and_cdist} | ({"loop": loop} if count <= LOOP_UP_TO else {})
@@ -132,7 +135,11 @@ def main() -> None:
     columns = ["N", "loop ms", "unfold and cdist ms", "ours ms", "spread", "loop / ours", "unfold and cdist / ours"]
     bench.table("sampling, distances and loss, forward and backward, float32", columns, rows)
 
-    rows = []
+
+def in_a_step(bench: Bench) -> None:
+    """The third table: its share of a whole step."""
+    device = bench.device
+    rows: list[list[Any]] = []
     bf16 = resolve_precision("auto", device) == "bf16"
     for net, (side, channels, count) in STEPS.items():
         torch.manual_seed(0)
@@ -168,6 +175,13 @@ def main() -> None:
         bench.figures[f"share {net}"] = part / whole
     columns = ["net", "N", "step ms", "spread", "head ms", "spread", "share"]
     bench.table(f"the method's own head in a whole step, {'bf16' if bf16 else 'fp32'}, channels_last", columns, rows)
+
+
+def main() -> None:
+    """Measure and print; memory first of all, since a process's peak never falls."""
+    _, bench = options("sc_head", __doc__ or "")
+    for measure in (at_large, against_others, in_a_step):
+        measure(bench)
     bench.finish()
 
 
