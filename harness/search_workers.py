@@ -104,7 +104,6 @@ class _Trial:
         self.began = time.monotonic()
         self.found: list[Measured] = []
         self.epochs = 0  # of a training that was ended before its time
-        self.passed = tuning.last_look(study, trial)
 
     def run(self) -> Ended:
         """Measure every seed; what the settings are to blame for ends the trial, anything else the command."""
@@ -158,11 +157,7 @@ class _Trial:
 
     def _look(self, epoch: int, value: float) -> None:
         self.epochs = epoch
-        if epoch < self.passed:  # before it was given back: a rung that it passed then, it is not judged at again
-            return
-        if epoch > self.passed:
-            self.trial.report(value, epoch)
-        if self.trial.should_prune():
+        if not tuning.goes_on(self.trial, epoch, value):
             raise Pruned
 
     def _means(self) -> tuple[float, ...]:

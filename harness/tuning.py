@@ -167,7 +167,7 @@ def _pruner(search: Search) -> Any:
 
 def _make_pruner(search: Search) -> Any:
     return {
-        "asha": lambda: _BetterHalf(),
+        "asha": _BetterHalf,
         "hyperband": lambda: optuna.pruners.HyperbandPruner(1, _epochs(search), REDUCTION),
         "median": lambda: optuna.pruners.MedianPruner(),
         "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(),
@@ -310,9 +310,19 @@ def claim(search: Search, study: optuna.Study) -> optuna.Trial | None:
     return None
 
 
-def last_look(study: optuna.Study, trial: optuna.Trial) -> int:
-    """The last epoch that the storage has heard of a trial: above 0 where it was begun before and given back."""
-    return max(study._storage.get_trial(trial._trial_id).intermediate_values, default=0)
+def goes_on(trial: optuna.Trial, epoch: int, value: float) -> bool:
+    """Tell the pruner of a trial's value after an epoch; whether it lets the trial go on. That is decided once: a trial that
+    is begun again is not judged anew by what came meanwhile."""
+    if epoch <= trial.user_attrs.get("passed", 0):
+        return True
+    if (
+        epoch not in trial._cached_frozen_trial.intermediate_values
+    ):  # told and not decided: its worker was killed between
+        trial.report(value, epoch)
+    if trial.should_prune():
+        return False
+    trial.set_user_attr("passed", epoch)
+    return True
 
 
 def suggest(search: Search, trial: optuna.Trial) -> dict[str, Any]:

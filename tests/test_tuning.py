@@ -21,17 +21,16 @@ import optuna
 import pytest
 
 import harness
-from harness import registry, search, search_files, search_workers, tuning
+from harness import registry, search, search_files, tuning
 from harness.arms import Request
 from harness.config import load_recipe
 from harness.contracts import Choice, HarnessError, Range
-from harness.grid import Planner
 from harness.journal import finished as ended
 from harness.journal import is_alive, journals_folder, lock_path
 from harness.search import Asked, make_searches
 from harness.search_space import Dimension, PairedDraws, SpaceFile, digest, load_space
 from harness.search_workers import Ended, work
-from harness.trials import Pruned, Search, measure
+from harness.trials import Search, measure
 
 TINY = {"epochs": 3, "num_threads": 1, "precision": "fp32", "data.num_pretrain_images": 256}
 NARROW = SpaceFile(False, {"optim.lr": Range(0.01, 0.1, log=True), "schedule.name": Choice(("step", "cosine"))})
@@ -592,22 +591,27 @@ def test_optuna_alone_opens_a_postgresql_study(base: Request, postgres: Any) -> 
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
 
 
-def test_a_trial_given_back_is_not_judged_again_where_it_had_passed(base: Request) -> None:
-    [one] = make_searches(asked(pruner="asha", trials=2, overrides=TINY | {"epochs": 4}), base)
+def test_a_trial_given_back_is_judged_once_at_each_rung(base: Request, recwarn: pytest.WarningsRecorder) -> None:
+    [one] = make_searches(asked(pruner="asha", trials=3, overrides=TINY | {"epochs": 4}), base)
     study = tuning.prepare(one)
-    first = tuning.claim(one, study)
-    assert first is not None
-    first.report(0.5, 1)
-    first.report(0.4, 2)
+
+    def taken(number: int) -> optuna.Trial:
+        trial = tuning.claim(one, study)
+        assert trial is not None and trial.number == number
+        return trial
+
+    first = taken(0)
+    assert tuning.goes_on(first, 1, 0.5) and tuning.goes_on(first, 2, 0.4)
     tuning.release(study, first._trial_id)
-    again, better = tuning.claim(one, study), tuning.claim(one, study)
-    assert again is not None and better is not None and again.number == first.number
-    for epoch in (1, 2):
-        better.report(0.6, epoch)
-    trial = search_workers._Trial(one, study, again, Planner(), lambda _: None)
-    trial._look(1, 0.5)
-    with pytest.raises(Pruned):
-        trial._look(2, 0.4)
+    again, better = taken(0), taken(1)
+    assert tuning.goes_on(better, 1, 0.6) and tuning.goes_on(better, 2, 0.6)
+    assert tuning.goes_on(again, 1, 0.5) and tuning.goes_on(again, 2, 0.4)  # as before, whatever came meanwhile
+
+    third = taken(2)
+    assert not tuning.goes_on(third, 1, 0.1)
+    tuning.release(study, third._trial_id)  # killed before it was ended: told, and nothing decided
+    assert not tuning.goes_on(taken(2), 1, 0.1)
+    assert not [one for one in recwarn if "already reported" in str(one.message)]
 
 
 def test_a_trial_that_another_worker_has_finished_is_dropped(base: Request) -> None:
