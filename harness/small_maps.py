@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LEAST_WEIGHTS, MOST_PIXELS = (
-    100_000,
-    36,
-)  # of the map that comes out; with fewer weights or more pixels nothing is gained
+LEAST_WEIGHTS, MOST_PIXELS = 100_000, 36  # pixels of the map that comes out; outside of these nothing is gained
 MANY_WEIGHTS, MORE_PIXELS = 1_000_000, 64  # with so many, up to 8 x 8; and the gradient of the images is a product too
 
 

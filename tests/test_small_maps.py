@@ -68,7 +68,7 @@ def test_values_and_gradients_are_those_of_a_convolution(
         assert float((one.double() - other).abs().mean()) < 0.004 * float(other.abs().mean())
 
 
-def test_it_is_used_and_is_as_close_as_torch_in_a_network() -> None:
+def test_it_is_used_and_is_as_close_as_torch_in_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of a ResNet in bf16: ours and torch's are as far from float32 as each other."""
     from harness import resnet
 
@@ -78,7 +78,7 @@ def test_it_is_used_and_is_as_close_as_torch_in_a_network() -> None:
     used: list[nn.Module] = []
 
     def gradients(least: int, enabled: bool = True) -> Tensor:
-        small_maps.LEAST_WEIGHTS = least
+        monkeypatch.setattr(small_maps, "LEAST_WEIGHTS", least)
         with torch.autocast("cpu", BF16, enabled=enabled):
             loss = model(images).float().square().mean()
         return torch.cat([one.flatten() for one in torch.autograd.grad(loss, list(model.parameters()))])
@@ -87,13 +87,10 @@ def test_it_is_used_and_is_as_close_as_torch_in_a_network() -> None:
         if isinstance(module, Conv2d):
             module.register_forward_pre_hook(lambda conv, inputs: used.append(conv) if fits(conv, inputs[0]) else None)
     least = small_maps.LEAST_WEIGHTS
-    try:
-        ours, count = gradients(least), len(used)
-        torchs = gradients(10**9)
-        assert count == len(used) == 9  # of the last two stages; layer3's 1 x 1 convolution has too few weights
-        exact = gradients(least, enabled=False)
-    finally:
-        small_maps.LEAST_WEIGHTS = least
+    ours, count = gradients(least), len(used)
+    torchs = gradients(10**9)
+    assert count == len(used) == 9  # of the last two stages; layer3's 1 x 1 convolution has too few weights
+    exact = gradients(least, enabled=False)
     off_ours, off_torchs = (float((one - exact).norm()) for one in (ours, torchs))
     assert off_ours < 1.2 * off_torchs
 

@@ -203,9 +203,8 @@ class _Hessian:
 
     def solve(self, gradient_weight: Tensor, gradient_bias: Tensor) -> tuple[Tensor, Tensor]:
         """-Hessian^-1 gradient by preconditioned conjugate gradients, truncated where more accuracy is of no use."""
-        norm = float(
-            torch.cat([gradient_weight.flatten(), gradient_bias]).abs().max()
-        )  # of constant features: no weight
+        both = torch.cat([gradient_weight.flatten(), gradient_bias])  # of constant features there are no weights
+        norm = float(both.abs().max())
         scale = 1 / max(norm, 1e-300)  # keeps float32 away from its smallest numbers
         rest = [-(gradient_weight * scale).float(), -(gradient_bias * scale).float()]
         found = [torch.zeros_like(part) for part in rest]
