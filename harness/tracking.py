@@ -30,6 +30,7 @@ _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 _ENDINGS = {"FINISHED": "FINISHED", "INTERRUPTED": "KILLED"}  # every other status of a run is FAILED in MLflow
 # Not BAD_REQUEST: MLflow gives it for any trouble of its database as well, and what is refused is not sent again.
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "INVALID_STATE"}
+_DATABASE_TROUBLE = "BAD_REQUEST"  # a row that is there already among it: a server tells no more than this code
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -239,7 +240,14 @@ class Store:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._send(run_id, records)
+            try:
+                self._send(run_id, records)
+            except MlflowException as error:
+                if error.error_code != _DATABASE_TROUBLE:
+                    raise
+                # MLflow looks for a row (a data set, a parameter) and then inserts it: another writer may have come
+                # between, and the second time its row is found.
+                self._send(run_id, records)
         except MlflowException as error:
             if error.error_code not in _PERMANENT:
                 raise

@@ -8,6 +8,7 @@ what only asks how records become MLflow's runs is tested through `sync`, which 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -566,6 +567,58 @@ def test_a_store_that_freezes_in_the_middle_gets_everything_once(
 
 def journals_delivered(workspace: Path) -> bool:
     return any(journals.journals_folder(workspace).glob("*.cursor.json"))
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["file", "server"])
+@pytest.mark.parametrize("table", ["datasets", "params"])
+def test_a_row_that_another_writer_inserts_first_holds_up_nothing(
+    tmp_path: Path, workspace: Path, application: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+    table: str, served: bool,
+) -> None:  # fmt: skip
+    """MLflow looks whether a row is there and then inserts it; here a rival inserts it between the two.
+
+    For `datasets` the rival mirrors another run on the same data; for `params` it is our own call of before, given up
+    and carried out late by a server that was frozen.
+    """
+    from sqlalchemy.orm import Session
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # our call lasts as long as the rival's and some more
+    server = serve(Gate(application)) if served else None
+    folder = tmp_path if server else workspace
+    uri = f"http://127.0.0.1:{server.server_port}" if server else tracking.default_uri(folder)
+    name = f"raced {table} {served}"
+    digest = hashlib.sha256(name.encode()).hexdigest()  # a data set that the store has never seen
+    journal = run(
+        mirror.Tracking(folder, uri), name, datasets=[{"name": "raced", "digest": digest, "context": "train"}]
+    )
+    journal.end("FINISHED")
+    records = journal.records()
+    store, rival = tracking.Store(folder, uri), tracking.Store(folder, uri)
+    ours = store.run_of(records[0], name)
+    theirs = ours if table == "params" else rival.run_of(records[0], f"{name} rival")
+    inserts, add_all = 0, Session.add_all
+
+    def overtaken(session: Any, instances: Any) -> None:
+        nonlocal inserts
+        rows = list(instances)
+        if any(each.__tablename__ == table for each in rows):
+            inserts += 1
+            if inserts == 1:
+                assert rival.send(theirs, records) == []
+        add_all(session, rows)
+
+    monkeypatch.setattr(Session, "add_all", overtaken)
+    carrier = delivery.Delivery(store)
+    assert carrier.deliver(journal.path)
+    assert inserts == 2  # ours, and the rival's inside it: the second attempt found the row and inserted none
+    assert not carrier.refused and not carrier.owed(journal.path)
+    for run_id in (ours, theirs):
+        found = store.connect().get_run(run_id)
+        assert [each.dataset.digest for each in found.inputs.dataset_inputs] == [digest[:36]]
+        assert found.data.params == {"optim.lr": "0.1", "method.patch": "3"} and found.info.status == "FINISHED"
+    if server:
+        server.shutdown()
+        server.server_close()
 
 
 # ------------------------------------------------------------------------------------------- slow: the real commands
