@@ -1,13 +1,13 @@
 """Everything that is measured on one CUDA device, in under 8 minutes: the other benchmarks, then complete runs.
 
-    python benchmarks/gpu.py [--parts map_kernels ceiling augment sc_head peers seeds runs mnist] [--seconds 20]
-                             [--data-dir DATA] [--workers 16] [--out FOLDER]
+    python benchmarks/gpu.py [--parts peers runs mnist ceiling map_kernels sc_head seeds augment] [--seconds 20]
+                             [--data-dir DATA] [--workers 16] [--out FOLDER] [--limit 480]
 
 `runs` trains by the real loop on resident random pixels of the data sets' shapes for `--seconds` each, compilation and
 capture apart, and extrapolates whole trainings from the measured images/s (random pixels: about time, nothing is
 learnt). `mnist` is one complete `harness run --method sc --recipe paper-mnist` on real MNIST under --data-dir, wall
-clock from the command line to its table. A part that fails says so in one line and the others go on. Every part's
-output goes to --out as well.
+clock from the command line to its table. A part that fails says so in one line and the others go on; when --limit
+seconds are over, the one at work is stopped and the rest are left out. Every part's output goes to --out as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from harness.config import Layers, resolve
 from harness.contracts import DatasetInfo
 from harness.optim import build as build_optimizer
 from harness.step import Step, StepConfig, resolve_mode
-from harness.views import ViewConfig
 
 HERE = Path(__file__).resolve().parent
 # title: (method, encoder, side, images in the data set, batch, epochs that are extrapolated to, settings)
@@ -40,10 +39,11 @@ RUNS = {
     "SimCLR, ResNet-18, CIFAR-10-shaped, 200 epochs": ("simclr", "resnet18_small", 32, 50_000, 512, 200, {}),
 }
 SCRIPTS = {
-    "map_kernels": ["map_kernels.py"], "ceiling": ["ceiling.py", "--settings", "best"], "augment": ["augment.py"],
+    "peers": ["peers.py"], "ceiling": ["ceiling.py", "--settings", "best"], "map_kernels": ["map_kernels.py"],
     "sc_head": ["sc_head.py"], "seeds": ["seeds.py", "--counts", "4,16", "--precisions", "bf16"],
-    "peers": ["peers.py"], "scaling": ["scaling.py"],
+    "augment": ["augment.py"], "scaling": ["scaling.py"],
 }  # fmt: skip
+PARTS = ["peers", "runs", "mnist", "ceiling", "map_kernels", "sc_head", "seeds", "augment", "scaling"]
 
 
 def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: int) -> list[object]:
@@ -59,10 +59,9 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     method = build_method(method_name, config, info).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     data = Batches(images, None, batch_size=batch, seed=0, device=device)
-    steps = epochs * data.steps_per_epoch
     plugin = registry.load_method(method_name)
     why_not = "" if plugin.graphable else plugin.why_not_graphable
-    mode = resolve_mode(mode_name, device, steps, why_not, issubclass(plugin.Config, ViewConfig))
+    mode = resolve_mode(mode_name, device, why_not)
     bf16 = resolve_precision("auto", device) == "bf16"
     optimizer = build_optimizer(config.optim, method.parameter_groups())
     step = Step(method.train(), optimizer, StepConfig(bf16, mode=mode), device, 0, print)
@@ -86,71 +85,80 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     return [title, f"{'bf16' if bf16 else 'fp32'}, {step.mode}", batch, first, took, rate, epochs * count / rate, peak]
 
 
-def complete_mnist(bench: Bench, data_dir: Path, out: Path | None) -> list[object]:
+def train_all(bench: Bench, seconds: float, mode_name: str, scale: int) -> list[list[object]]:
+    """The table of `train_for`; -> rows of what failed."""
+    rows, failed = [], []
+    for title in RUNS:
+        try:
+            rows.append(train_for(bench, title, seconds, mode_name, scale))
+        except Exception as error:  # one run that does not fit must not cost the others
+            failed.append([title, None, 1, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"])
+    bench.table(
+        "Training by the real loop on resident random pixels; the whole training is extrapolated",
+        ["run", "step", "batch", "first step s", "measured s", "images/s", "whole s", "peak GiB"], rows,
+    )  # fmt: skip
+    return failed
+
+
+def complete_mnist(bench: Bench, data_dir: Path, out: Path | None, left: float) -> list[object]:
     """Wall seconds of one command on real MNIST, and its exit code; its table and rows go to `out`."""
     with tempfile.TemporaryDirectory() as workspace:
         words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline", "--no-control"]
         words += ["--data-dir", str(data_dir), "--workspace", workspace, "--device", str(bench.device)]
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", "from harness.cli import main; main()", *words], capture_output=True, text=True
-        )
-        took = time.perf_counter() - began
+        command = [sys.executable, "-c", "from harness.cli import main; main()", *words]
+        row = ended("harness " + " ".join(words[:5]), command, out / "mnist.txt" if out else None, left)
         if out is not None:
-            (out / "mnist.txt").write_text(done.stdout + done.stderr[-4000:])
             shutil.make_archive(str(out / "mnist-rows"), "gztar", workspace, "results")
-    last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
-    return ["harness " + " ".join(words[:5]), took, done.returncode, last[0][:90] if last and done.returncode else ""]
+    return row
 
 
-def part(bench: Bench, name: str, script: list[str], out: Path | None) -> list[object]:
-    """Run another benchmark on the device, its tables passed through."""
-    effort = ["--rounds", str(bench.rounds), "--min-seconds", str(bench.min_seconds)]
-    command = [sys.executable, str(HERE / script[0]), "--device", str(bench.device), *effort, *script[1:]]
+def ended(name: str, command: list[str], output: Path | None, left: float) -> list[object]:
+    """Run a command for `left` seconds at most -> its name, wall seconds, exit code, last line of errors if it failed."""
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    took = time.perf_counter() - began
-    if not bench.as_json:
-        print(f"\n== {name}\n{done.stdout.strip()}", flush=True)
-    if out is not None:
-        (out / f"{name}.txt").write_text(done.stdout + (done.stderr[-2000:] if done.returncode else ""))
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-    return [name, took, done.returncode, last[0][:90] if last and done.returncode else ""]
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code: int | None = subprocess.run(command, stdout=printed, stderr=errors, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        took = time.perf_counter() - began
+        table, said = (stream.seek(0) or stream.read() for stream in (printed, errors))
+    print(f"\n== {name}\n{table.strip()}", file=sys.stderr, flush=True)
+    if output is not None:
+        output.write_text(table + (said[-4000:] if code else ""))
+    last = ["stopped: no time is left"] if code is None else [line for line in said.splitlines() if line.strip()][-1:]
+    return [name, took, code, last[0][:90] if last and code != 0 else ""]
 
 
 def main() -> None:
     """Measure and print."""
-    parts = [*SCRIPTS, "runs", "mnist"]
     chosen, bench = options(
         "gpu", __doc__ or "", device="cuda",
-        parts={"nargs": "+", "choices": parts, "default": [p for p in parts if p != "scaling"]},
+        parts={"nargs": "+", "choices": PARTS, "default": [p for p in PARTS if p != "scaling"]},
         seconds={"type": float, "default": 20.0, "help": "of training per run that is extrapolated"},
         data_dir={"type": Path, "default": None, "help": "where real MNIST is"}, out={"type": Path, "default": None},
         workers={"type": int, "default": min(16, os.cpu_count() or 1), "help": "of the peers' loaders"},
         compile={"default": "auto", "help": "as `harness run --compile`"},
         scale={"type": int, "default": 1, "help": "divides image counts and batches, to try the script on a CPU"},
+        limit={"type": float, "default": 480.0, "help": "seconds for all parts together"},
     )  # fmt: skip
     if chosen.out is not None:
         chosen.out.mkdir(parents=True, exist_ok=True)
     SCRIPTS["peers"] += ["--workers", str(chosen.workers)]
-    ended: list[list[object]] = []
+    effort = ["--device", str(bench.device), "--rounds", str(bench.rounds), "--min-seconds", str(bench.min_seconds)]
+    rows: list[list[object]] = []
     for name in chosen.parts:
-        if name in SCRIPTS:
-            ended.append(part(bench, name, SCRIPTS[name], chosen.out))
-    if "runs" in chosen.parts:
-        rows = []
-        for title in RUNS:
-            try:
-                rows.append(train_for(bench, title, chosen.seconds, chosen.compile, chosen.scale))
-            except Exception as error:  # one run that does not fit must not cost the others
-                ended.append([title, None, 1, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"])
-        bench.table(
-            "Training by the real loop on resident random pixels; the whole training is extrapolated",
-            ["run", "step", "batch", "first step s", "measured s", "images/s", "whole s", "peak GiB"], rows,
-        )  # fmt: skip
-    if "mnist" in chosen.parts and chosen.data_dir is not None:
-        ended.append(complete_mnist(bench, chosen.data_dir, chosen.out))
-    bench.table("Parts and complete runs: wall seconds", ["part", "seconds", "exit code", "error"], ended)
+        left = chosen.limit - (time.perf_counter() - bench.began)
+        if left < 5:
+            rows.append([name, None, None, "left out: no time is left"])
+        elif name == "runs":
+            rows += train_all(bench, chosen.seconds, chosen.compile, chosen.scale)
+        elif name == "mnist":
+            if chosen.data_dir is not None:
+                rows.append(complete_mnist(bench, chosen.data_dir, chosen.out, left))
+        else:
+            command = [sys.executable, str(HERE / SCRIPTS[name][0]), *effort, *SCRIPTS[name][1:]]
+            rows.append(ended(name, command, chosen.out / f"{name}.txt" if chosen.out else None, left))
+    bench.table("Parts and complete runs: wall seconds", ["part", "seconds", "exit code", "error"], rows)
     bench.finish()
 
 

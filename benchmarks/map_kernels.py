@@ -1,21 +1,24 @@
-"""Whole captured training steps on CUDA with torch's batch norm and max pooling, and with ours.
+"""Whole captured training steps on CUDA with torch's batch norm, max pooling and views, and with ours.
 
     python benchmarks/map_kernels.py [--device cuda:0] [--rounds 5] [--trace]
 
 The same method, weights, batch and order of images; one graph per step, bf16, channels_last, views included. Random
-pixels: about time, nothing is learnt. `views made`: on views made once beforehand, what a step costs behind its views.
+pixels: about time, nothing is learnt. `our maps`: batch norm and max pooling by harness.map_kernels; `our views`: by
+harness.view_kernels; `views made`: on views made once beforehand, what a step costs behind its views.
 --trace: the kernels that the step of ours spends its time in.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from measuring import Bench, median, options, spread
 
-from harness import batch_norm, max_pool
+from harness import batch_norm, device_views
 from harness.arms import build_method
 from harness.batches import Batches
 from harness.config import Layers, resolve
@@ -32,8 +35,10 @@ CASES = [
 KERNELS_SHOWN = 25
 
 
-def stepper(case: tuple[str, str, int, int], device: torch.device, ours: bool, prepared: bool) -> Callable[[], None]:
-    """A call that takes the next step; captured now, with or without our kernels."""
+def stepper(
+    case: tuple[str, str, int, int], device: torch.device, *, maps: bool, views: bool, prepared: bool = False
+) -> Callable[[], None]:
+    """A call that takes the next step; captured now, maps and views by our kernels or by torch's."""
     name, encoder, side, batch = case
     info = DatasetInfo(
         "random", "random pixels", tuple("0123456789"), (side, side), 3, (0.5,) * 3, (0.25,) * 3, {"train": IMAGES},
@@ -56,13 +61,11 @@ def stepper(case: tuple[str, str, int, int], device: torch.device, ours: bool, p
         step(data.at(number), number, 0.0, 0.01)
         number += 1
 
-    plain = batch_norm.plain
-    if not ours:
-        batch_norm.plain = max_pool.plain = lambda images: False
-    try:
+    with contextlib.ExitStack() as patched:
+        for module, wanted in ((batch_norm, maps), (device_views, views)):
+            if not wanted:
+                patched.enter_context(mock.patch.object(module, "applicable", lambda *_: False))
         one()  # captures
-    finally:
-        batch_norm.plain = max_pool.plain = plain
     return one
 
 
@@ -87,9 +90,13 @@ def main() -> None:
     rows = []
     for case in CASES:
         name, encoder, side, batch = case
-        steps = {"torch's": stepper(case, bench.device, False, False), "ours": stepper(case, bench.device, True, False)}
-        if name == "simclr":
-            steps["ours, views made"] = stepper(case, bench.device, True, True)
+        steps = {
+            "torch's": stepper(case, bench.device, maps=False, views=False),
+            "our maps": stepper(case, bench.device, maps=True, views=False),
+            "our maps and views": stepper(case, bench.device, maps=True, views=True),
+        }
+        if name == "simclr":  # whose loss takes its views from `preview`
+            steps["our maps, views made"] = stepper(case, bench.device, maps=True, views=True, prepared=True)
         times = bench.time(steps)
         base = median(times["torch's"])
         for how, seconds in times.items():
@@ -98,7 +105,7 @@ def main() -> None:
                 batch / median(seconds), base / median(seconds),
             ])  # fmt: skip
         if chosen.trace:
-            trace(bench, f"{name}, {encoder}, {side} px, batch {batch}", steps["ours"])
+            trace(bench, f"{name}, {encoder}, {side} px, batch {batch}", steps["our maps and views"])
     bench.table(
         "One captured step, bf16, views included", ["step", "batch", "kernels", "ms", "spread", "images/s", "x torch's"],
         rows,

@@ -165,7 +165,7 @@ def ours(
         method.preview = lambda _: fixed
     why_not = "" if registry.load_method("simclr").graphable else "not graphable"
     bf16 = resolve_precision(precision, device) == "bf16"
-    mode = resolve_mode(compile_name, device, 10**6, why_not, strong_views=True)
+    mode = resolve_mode(compile_name, device, why_not)
     optimizer = build_optimizer(config.optim, method.parameter_groups())
     step = Step(method.train(), optimizer, StepConfig(bf16, mode=mode), device, 0, print)
     number = 0

@@ -20,7 +20,6 @@ from harness.evaluation import Material, describe_budget, sample_indices
 from harness.images import digest_split
 from harness.mapped import join, select
 from harness.step import resolve_mode
-from harness.views import ViewConfig
 
 
 @dataclass(frozen=True)
@@ -429,7 +428,7 @@ def _arm(
     steps = config.epochs * (count // config.batch_size) if plugin.trains else 0
     config = config.model_copy(update={
         "precision": resolve_precision(config.precision, device),
-        "compile": _compile_mode(plugin, config.compile, device, steps),
+        "compile": _compile_mode(plugin, config.compile, device),
         "num_threads": config.num_threads or _threads(encoder, info, device),
         "data": config.data.model_copy(update={"pretrain_split": config.data.pretrain_split or info.pretrain_split}),
     })  # fmt: skip
@@ -463,11 +462,11 @@ def training_batches(arm: Arm, material: Material, device: torch.device) -> Batc
     return Batches(labelled, labels, batch_size=size, seed=seed, device=device)
 
 
-def _compile_mode(plugin: type[Method], name: str, device: torch.device, steps: int) -> str:
+def _compile_mode(plugin: type[Method], name: str, device: torch.device) -> str:
     if "graph" in name and device.type != "cuda":
         raise HarnessError(f"--compile {name}: a step is captured on CUDA only, not on {device.type}; use auto or off")
     why_not = "" if plugin.graphable else plugin.why_not_graphable
-    return resolve_mode(name, device, steps, why_not, issubclass(plugin.Config, ViewConfig))
+    return resolve_mode(name, device, why_not)
 
 
 def _threads(encoder: Encoder, info: DatasetInfo, device: torch.device) -> int:

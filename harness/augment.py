@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from harness import device_views
+
 
 def _signed(value: int) -> int:
     """A 64-bit pattern as the int64 that has it."""
@@ -106,6 +108,9 @@ def shift_and_mirror(images: Tensor, seeds: Tensor, stream: str, shift: int, mir
     """
     if shift == 0 and not mirror:
         return images
+    if device_views.fits(images, seeds):
+        keys = stream_key(f"{stream}.shift"), stream_key(f"{stream}.mirror")
+        return device_views.moved(images, seeds, *keys, shift, mirror)
     flip = uniform(seeds, f"{stream}.mirror") < 0.5 if mirror else None
     if shift:
         offset = integers(seeds, f"{stream}.shift", 2 * shift + 1, (2,)) - shift

@@ -7,14 +7,14 @@ vmap, a compiler that fuses by itself - `BatchNorm2d` is torch's.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from harness.kernels import applicable
 
 PROGRAMS = 768  # that share a sum over pixels: six for each of an H100's multiprocessors
 ROWS_AT_ONCE = 64
@@ -88,33 +88,12 @@ def fits(norm: nn.BatchNorm2d, images: Tensor) -> bool:
 
 
 def plain(images: Tensor) -> bool:
-    """A channels_last map on CUDA, in a step that is eager or being captured."""
-    if torch.compiler.is_compiling() or not images.is_cuda:
-        return False
+    """A channels_last map that our kernels are `applicable` to."""
     return (
-        type(images) is Tensor and not torch._C._functorch.is_batchedtensor(images)
+        applicable(images)  # first: inside vmap a map cannot be asked how it lies in memory
         and images.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and images.is_contiguous(memory_format=torch.channels_last) and usable(images.device)
-    )  # fmt: skip
-
-
-@functools.cache
-def usable(device: torch.device) -> bool:
-    """Whether a kernel can be started there: Triton may be absent, too old for the card, or without a C compiler.
-
-    Tried once; a failure is said, and training goes on with torch's own kernels.
-    """
-    try:
-        from harness import map_kernels as kernels
-
-        with torch.cuda.device(device):
-            one = torch.ones(2, device=device)
-            kernels.added_up[(1, 2)](one, torch.empty_like(one), 1, 1, BLOCK_P=16, BLOCK_C=16)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        warnings.warn(f"Triton cannot be used on {device} ({reason}); torch's own kernels are", stacklevel=2)
-        return False
-    return True
+        and images.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def blocks(channels: int) -> tuple[int, int]:

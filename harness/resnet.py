@@ -1,4 +1,4 @@
-"""torchvision's ResNets with our batch norm, max pooling and convolutions over small maps; the same tensors and names."""
+"""torchvision's ResNets with our batch norm, max pooling and convolutions; the same tensors and names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock
 from harness.batch_norm import BatchNorm2d, fits, in_order
 from harness.max_pool import MaxPool2d
 from harness.small_maps import Conv2d
+from harness.stem import Stem, is_stem
 
 
 class _BasicBlock(BasicBlock):
@@ -37,5 +38,5 @@ def make(name: str) -> Any:
         elif type(module) is nn.MaxPool2d:
             module.__class__ = MaxPool2d
         elif type(module) is nn.Conv2d:
-            module.__class__ = Conv2d
+            module.__class__ = Stem if is_stem(module) else Conv2d
     return model

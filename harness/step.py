@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,25 +21,20 @@ from harness.augment import stream_key
 from harness.contracts import Batch, HarnessError, Method
 
 Mode = Literal["off", "graph", "compile", "compile+graph"]
-COMPILE_FROM = 10_000  # steps; a shorter training does not earn back the half minute that a compiler takes
 WARM_UP = 3  # eager steps before a capture: kernels are chosen and workspaces made (PyTorch notes, "CUDA graphs")
 FALL_BACK: dict[Mode, Mode] = {"compile+graph": "graph", "compile": "off", "graph": "off"}
 
 
-def resolve_mode(name: str, device: torch.device, steps: int, why_not: str = "", strong_views: bool = False) -> Mode:
+def resolve_mode(name: str, device: torch.device, why_not: str = "") -> Mode:
     """What `--compile` means here. why_not: a method's reason against capturing, empty if there is none.
 
-    auto: on CUDA one graph per step; compiled too when the training is long and its views are strong ones
-    (harness.views), which are where a compiler gains: what follows them has kernels of its own (docs/decisions/013).
-    Elsewhere off (inductor on a CPU lost 2-13%).
+    auto: one graph per step on CUDA, where a compiler gains a hundredth at 32 px and loses at 96 px against our own
+    kernels (docs/decisions/015); elsewhere off (inductor on a CPU lost 2-13%).
     """
     if name != "auto":
         mode: Any = name
         return {"graph": "off", "compile+graph": "compile"}.get(name, mode) if why_not else mode
-    if device.type != "cuda" or why_not:
-        return "off"
-    compiles = strong_views and steps >= COMPILE_FROM and importlib.util.find_spec("triton") is not None
-    return "compile+graph" if compiles else "graph"
+    return "off" if device.type != "cuda" or why_not else "graph"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from harness import device_views
 from harness import image_operations as operations
-from harness.augment import chooses, integers, to_float, uniform
+from harness.augment import chooses, integers, stream_key, to_float, uniform
 from harness.contracts import Choice, Config, DatasetInfo, HarnessError, Range, setting
 
 TRIES = 10  # boxes drawn before RandomResizedCrop falls back to the centre
@@ -117,9 +118,13 @@ def gaussian_blur(images: Tensor, seeds: Tensor, stream: str, probability: float
     return _blurred(images, *draw_blur(seeds, stream, probability))
 
 
+def _taps(height: int, width: int) -> int:
+    side = min(height, width)
+    return min(max(3, round(side * 0.1) // 2 * 2 + 1), 2 * side - 1)
+
+
 def _blurred(images: Tensor, chosen: Tensor, sigma: Tensor) -> Tensor:
-    side = min(images.shape[2], images.shape[3])
-    taps = min(max(3, round(side * 0.1) // 2 * 2 + 1), 2 * side - 1)
+    taps = _taps(images.shape[2], images.shape[3])
     return operations.change_some(images, chosen, lambda some, widths: operations.blur(some, widths, taps), sigma)
 
 
@@ -246,11 +251,27 @@ class ViewMaker:
     @torch.no_grad()
     def __call__(self, images: Tensor, seeds: Tensor, stream: str) -> Tensor:
         """One view of each image; another `stream` gives another view. Made outside autocast."""
+        if device_views.fits(images, seeds):
+            return device_views.strong(images, seeds, self._for_device(images, stream), self._side(images))
         with torch.autocast(images.device.type, enabled=False):
             drawn = self._draw(images, seeds, stream)
             if not chooses(images, seeds):
                 return self._make(images, drawn)
             return self._make_by_chunks(images, drawn)
+
+    def _side(self, images: Tensor) -> tuple[int, int]:
+        """Height and width of the views."""
+        return (images.shape[2], images.shape[3]) if self.size is None else (self.size, self.size)
+
+    def _for_device(self, images: Tensor, stream: str) -> device_views.StrongViews:
+        """`_draw` and `_make` as numbers for kernels."""
+        config = self.config
+        words = "crop.area crop.ratio crop.place mirror jitter jitter.amount jitter.order grayscale blur blur.sigma solarise"
+        return device_views.StrongViews(
+            tuple(stream_key(f"{stream}.{word}") for word in words.split()), self.scale, RATIO,
+            0.5 if self.mirror else 0.0, config.jitter, config.jitter_probability, config.grayscale, self.blur, SIGMA,
+            _taps(*self._side(images)), config.solarise, BRIGHT, TRIES,
+        )  # fmt: skip
 
     def _draw(self, images: Tensor, seeds: Tensor, stream: str) -> Drawn:
         """Every random choice of one view."""
@@ -295,8 +316,7 @@ class ViewMaker:
         if "jitter" in drawn:
             factors, turn, slots = drawn["jitter"]
             order = operations.sorted_by_steps(operations.colour_steps(factors, turn, slots, channels == 3))
-        side = (height, width) if self.size is None else (self.size, self.size)
-        views = torch.empty(batch, channels, *side, dtype=torch.float32)
+        views = torch.empty(batch, channels, *self._side(images), dtype=torch.float32)
         places, rows = views.unbind(), images.permute(0, 2, 3, 1)  # channels_last underneath: images are copied whole
         for part in order.split(max(1, CHUNK // (height * width))):
             made = self._make(rows.index_select(0, part).permute(0, 3, 1, 2), _taken(drawn, part))

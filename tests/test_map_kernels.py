@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import batch_norm, max_pool
+from harness import batch_norm, kernels, max_pool
 from harness.batch_norm import BatchNorm2d, InOrder, fits
 
 SHAPES = [(5, 48, 7, 7), (4, 64, 9, 5), (3, 20, 6, 6), (3, 160, 6, 6)]
@@ -146,13 +146,13 @@ def test_only_training_on_cuda_is_ours() -> None:
 
 
 def test_where_no_kernel_can_be_started_it_is_said_once_and_torchs_are_used() -> None:
-    batch_norm.usable.cache_clear()
+    kernels.usable.cache_clear()
     nowhere = torch.device("cuda", 99)
     with pytest.warns(UserWarning, match="Triton cannot be used on cuda:99 .*; torch's own kernels are"):
-        assert not batch_norm.usable(nowhere)
+        assert not kernels.usable(nowhere)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not batch_norm.usable(nowhere)
+        assert not kernels.usable(nowhere)
 
 
 @CUDA
