@@ -1,6 +1,6 @@
 """Everything that is measured on one CUDA device, in under 8 minutes: the other benchmarks, then complete runs.
 
-    python benchmarks/gpu.py [--parts peers runs mnist ceiling map_kernels sc_head seeds augment] [--seconds 20]
+    python benchmarks/gpu.py [--parts peers runs mnist ceiling map_kernels sc_head seeds augment] [--seconds 15]
                              [--data-dir DATA] [--workers 16] [--out FOLDER] [--limit 480]
 
 `runs` trains by the real loop on resident random pixels of the data sets' shapes for `--seconds` each, compilation and
@@ -39,7 +39,7 @@ RUNS = {
     "SimCLR, ResNet-18, CIFAR-10-shaped, 200 epochs": ("simclr", "resnet18_small", 32, 50_000, 512, 200, {}),
 }
 SCRIPTS = {
-    "peers": ["peers.py"], "ceiling": ["ceiling.py", "--settings", "best"], "map_kernels": ["map_kernels.py"],
+    "peers": ["peers.py", "--rounds", "2"], "ceiling": ["ceiling.py", "--settings", "best"], "map_kernels": ["map_kernels.py"],
     "sc_head": ["sc_head.py"], "seeds": ["seeds.py", "--counts", "4,16", "--precisions", "bf16"],
     "augment": ["augment.py"], "scaling": ["scaling.py"],
 }  # fmt: skip
@@ -134,7 +134,7 @@ def main() -> None:
     chosen, bench = options(
         "gpu", __doc__ or "", device="cuda",
         parts={"nargs": "+", "choices": PARTS, "default": [p for p in PARTS if p != "scaling"]},
-        seconds={"type": float, "default": 20.0, "help": "of training per run that is extrapolated"},
+        seconds={"type": float, "default": 15.0, "help": "of training per run that is extrapolated"},
         data_dir={"type": Path, "default": None, "help": "where real MNIST is"}, out={"type": Path, "default": None},
         workers={"type": int, "default": min(16, os.cpu_count() or 1), "help": "of the peers' loaders"},
         compile={"default": "auto", "help": "as `harness run --compile`"},

@@ -4,7 +4,7 @@
 
 The same method, weights, batch and order of images; one graph per step, bf16, channels_last, views included. Random
 pixels: about time, nothing is learnt. `our maps`: batch norm and max pooling by harness.map_kernels; `our views`: by
-harness.view_kernels; `views made`: on views made once beforehand, what a step costs behind its views.
+harness.view_kernels; `our stem`: ResNet's first convolution by blocks of pixels (harness.stem); `views made`: on views made once beforehand, what a step costs behind its views.
 --trace: the kernels that the step of ours spends its time in.
 """
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 from measuring import Bench, median, options, spread
 
-from harness import batch_norm, device_views
+from harness import batch_norm, device_views, stem
 from harness.arms import build_method
 from harness.batches import Batches
 from harness.config import Layers, resolve
@@ -36,9 +37,9 @@ KERNELS_SHOWN = 25
 
 
 def stepper(
-    case: tuple[str, str, int, int], device: torch.device, *, maps: bool, views: bool, prepared: bool = False
+    case: tuple[str, str, int, int], device: torch.device, ours: tuple[ModuleType, ...], prepared: bool = False
 ) -> Callable[[], None]:
-    """A call that takes the next step; captured now, maps and views by our kernels or by torch's."""
+    """A call that takes the next step; captured now. ours: the modules that may use kernels of ours."""
     name, encoder, side, batch = case
     info = DatasetInfo(
         "random", "random pixels", tuple("0123456789"), (side, side), 3, (0.5,) * 3, (0.25,) * 3, {"train": IMAGES},
@@ -62,8 +63,8 @@ def stepper(
         number += 1
 
     with contextlib.ExitStack() as patched:
-        for module, wanted in ((batch_norm, maps), (device_views, views)):
-            if not wanted:
+        for module in (batch_norm, device_views, stem):
+            if module not in ours:
                 patched.enter_context(mock.patch.object(module, "applicable", lambda *_: False))
         one()  # captures
     return one
@@ -90,13 +91,16 @@ def main() -> None:
     rows = []
     for case in CASES:
         name, encoder, side, batch = case
+        every = (batch_norm, device_views, stem)
         steps = {
-            "torch's": stepper(case, bench.device, maps=False, views=False),
-            "our maps": stepper(case, bench.device, maps=True, views=False),
-            "our maps and views": stepper(case, bench.device, maps=True, views=True),
+            "torch's": stepper(case, bench.device, ()),
+            "our maps": stepper(case, bench.device, (batch_norm,)),
+            "our maps and views": stepper(case, bench.device, (batch_norm, device_views)),
         }
+        if encoder == "resnet18":
+            steps["our maps, views, stem"] = stepper(case, bench.device, every)
         if name == "simclr":  # whose loss takes its views from `preview`
-            steps["our maps, views made"] = stepper(case, bench.device, maps=True, views=True, prepared=True)
+            steps["all ours, views made"] = stepper(case, bench.device, every, prepared=True)
         times = bench.time(steps)
         base = median(times["torch's"])
         for how, seconds in times.items():
@@ -105,7 +109,8 @@ def main() -> None:
                 batch / median(seconds), base / median(seconds),
             ])  # fmt: skip
         if chosen.trace:
-            trace(bench, f"{name}, {encoder}, {side} px, batch {batch}", steps["our maps and views"])
+            whole = [step for how, step in steps.items() if "made" not in how][-1]
+            trace(bench, f"{name}, {encoder}, {side} px, batch {batch}", whole)
     bench.table(
         "One captured step, bf16, views included", ["step", "batch", "kernels", "ms", "spread", "images/s", "x torch's"],
         rows,
