@@ -4,7 +4,8 @@
 
 The same method, weights, batch and order of images; one graph per step, bf16, channels_last, views included. Random
 pixels: about time, nothing is learnt. `our maps`: batch norm and max pooling by harness.map_kernels; `our views`: by
-harness.view_kernels; `our stem`: ResNet's first convolution by blocks of pixels (harness.stem); `views made`: on views made once beforehand, what a step costs behind its views.
+harness.view_kernels; `our stem`: ResNet's first convolution by blocks of pixels (harness.stem); `views made`: on views made
+once beforehand, what a step costs behind its views.
 --trace: the kernels that the step of ours spends its time in.
 """
 
