@@ -8,6 +8,7 @@ worker, rank or memory layout, and resuming needs no generator state.
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cache
 
 import torch
@@ -67,6 +68,27 @@ def uniform(seeds: Tensor, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
     counters = torch.arange(count, dtype=torch.int64, device=seeds.device)
     bits = mix(mix(seeds + stream_key(stream))[:, None] + counters)
     return (_shift(bits, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
+
+
+def uniforms(seeds: Tensor, wanted: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """`uniform` of every stream that is named, with its shape: the same bits, in a tenth of the operations on a CPU."""
+    if not chooses(seeds):  # these operations need constants that lie on the device
+        return {stream: uniform(seeds, stream, shape) for stream, shape in wanted.items()}
+    keys, counters, counts = _columns(tuple(wanted.items()))
+    bits = mix(mix(seeds[:, None] + keys) + counters)
+    parts = (_shift(bits, 40).to(torch.float32) * 2.0**-24).split(counts, 1)
+    return {
+        stream: part.reshape(len(seeds), *shape) for (stream, shape), part in zip(wanted.items(), parts, strict=True)
+    }
+
+
+@cache
+def _columns(wanted: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[Tensor, Tensor, list[int]]:
+    """The key and the counter of each number, stream after stream, and how many numbers each stream has."""
+    counts = [math.prod(shape) for _, shape in wanted]
+    keys = [stream_key(stream) for (stream, _), count in zip(wanted, counts, strict=True) for _ in range(count)]
+    counters = [number for count in counts for number in range(count)]
+    return torch.tensor(keys), torch.tensor(counters), counts
 
 
 def integers(seeds: Tensor, stream: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:

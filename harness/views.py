@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness import device_views
 from harness import image_operations as operations
-from harness.augment import chooses, integers, stream_key, to_float, uniform
+from harness.augment import chooses, integers, stream_key, to_float, uniform, uniforms
 from harness.contracts import Choice, Config, DatasetInfo, HarnessError, Range, setting
 
 TRIES = 10  # boxes drawn before RandomResizedCrop falls back to the centre
@@ -26,7 +26,12 @@ RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop, uniform in the logarithm
 SIGMA = (0.1, 2.0)  # of the blur, pixels (Chen et al., 2020, appendix A)
 SMALL = 64  # pixels below which blur "auto" is off: Chen et al. leave it out on CIFAR-10 (appendix B.9)
 BRIGHT = 128 / 255  # from which solarisation inverts (Grill et al., 2020, appendix B)
-CHUNK = 90_000  # pixels worked on at a time on a CPU: of 2^15 to 2^18 the best for 32 and for 96 px on one core
+CHUNK = 180_000  # pixels worked on at a time on a CPU: of 60,000 to 540,000 the best at 96 px; at 32 px any will do
+
+# The streams of a box and of colour jitter, and the shape of what each sample takes of them: uniform numbers in [0, 1).
+BOX: dict[str, tuple[int, ...]] = {"crop.area": (TRIES,), "crop.ratio": (TRIES,), "crop.place": (2,)}
+JITTER: dict[str, tuple[int, ...]] = {"jitter": (), "jitter.amount": (4,), "jitter.order": (4,)}
+Numbers = dict[str, Tensor]  # by stream, the samples along the first dimension
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,12 +46,17 @@ def crop_boxes(
     image_size: (H, W); scale: smallest and largest share of the area. All ten boxes are drawn at once and the first
     that fits is taken, which has the law of drawing until one fits without a shape or branch that depends on it.
     """
+    numbers = {name: uniform(seeds, f"{stream}.{name.removeprefix('crop.')}", shape) for name, shape in BOX.items()}
+    return _boxes(numbers, image_size, scale)
+
+
+def _boxes(
+    numbers: Numbers, image_size: tuple[int, int], scale: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image_height, image_width = image_size
-    area = (scale[0] + uniform(seeds, f"{stream}.area", (TRIES,)) * (scale[1] - scale[0])) * (
-        image_height * image_width
-    )
+    area = (scale[0] + numbers["crop.area"] * (scale[1] - scale[0])) * (image_height * image_width)
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    ratio = (low + uniform(seeds, f"{stream}.ratio", (TRIES,)) * (high - low)).exp()
+    ratio = (low + numbers["crop.ratio"] * (high - low)).exp()
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
     first, found = fits.to(torch.uint8).argmax(1, keepdim=True), fits.any(1)
@@ -55,7 +65,7 @@ def crop_boxes(
     tallest = round(image_width / RATIO[0]) if shape < RATIO[0] else image_height
     width = widths.gather(1, first)[:, 0].masked_fill(~found, widest)
     height = heights.gather(1, first)[:, 0].masked_fill(~found, tallest)
-    place = uniform(seeds, f"{stream}.place", (2,))
+    place = numbers["crop.place"]
     top = (place[:, 0] * (image_height - height + 1)).floor().masked_fill(~found, (image_height - tallest) // 2)
     left = (place[:, 1] * (image_width - width + 1)).floor().masked_fill(~found, (image_width - widest) // 2)
     return top, left, height, width
@@ -87,12 +97,16 @@ def _half(seeds: Tensor, stream: str) -> Tensor:
 def draw_jitter(seeds: Tensor, stream: str, strength: float, probability: float) -> tuple[Tensor, Tensor, Tensor]:
     """factors, turn and order for `adjust_colours`: ColorJitter(0.8 s, 0.8 s, 0.8 s, 0.2 s) on a share of the samples
     (Chen et al., appendix A), no change on the others."""
-    applied = uniform(seeds, f"{stream}.jitter") < probability
-    drawn = uniform(seeds, f"{stream}.jitter.amount", (4,))
+    numbers = {name: uniform(seeds, f"{stream}.{name}", shape) for name, shape in JITTER.items()}
+    return _jitter(numbers, strength, probability)
+
+
+def _jitter(numbers: Numbers, strength: float, probability: float) -> tuple[Tensor, Tensor, Tensor]:
+    applied, amount = numbers["jitter"] < probability, numbers["jitter.amount"]
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
-    factors = (low + drawn[:, :3] * (high - low)).masked_fill(~applied[:, None], 1.0)
-    turn = ((2 * drawn[:, 3] - 1) * min(0.5, 0.2 * strength)).masked_fill(~applied, 0.0)
-    return factors, turn, uniform(seeds, f"{stream}.jitter.order", (4,)).argsort(1)
+    factors = (low + amount[:, :3] * (high - low)).masked_fill(~applied[:, None], 1.0)
+    turn = ((2 * amount[:, 3] - 1) * min(0.5, 0.2 * strength)).masked_fill(~applied, 0.0)
+    return factors, turn, numbers["jitter.order"].argsort(1)
 
 
 def colour_jitter(images: Tensor, seeds: Tensor, stream: str, strength: float, probability: float) -> Tensor:
@@ -109,8 +123,11 @@ def grayscale(images: Tensor, seeds: Tensor, stream: str, probability: float) ->
 
 def draw_blur(seeds: Tensor, stream: str, probability: float) -> tuple[Tensor, Tensor]:
     """chosen (B,) bool and sigma (B,), uniform in SIGMA."""
-    chosen = uniform(seeds, f"{stream}.blur") < probability
-    return chosen, SIGMA[0] + uniform(seeds, f"{stream}.blur.sigma") * (SIGMA[1] - SIGMA[0])
+    return uniform(seeds, f"{stream}.blur") < probability, _sigma(uniform(seeds, f"{stream}.blur.sigma"))
+
+
+def _sigma(number: Tensor) -> Tensor:
+    return SIGMA[0] + number * (SIGMA[1] - SIGMA[0])
 
 
 def gaussian_blur(images: Tensor, seeds: Tensor, stream: str, probability: float) -> Tensor:
@@ -276,17 +293,30 @@ class ViewMaker:
     def _draw(self, images: Tensor, seeds: Tensor, stream: str) -> Drawn:
         """Every random choice of one view."""
         config, channels = self.config, images.shape[1]
-        drawn: Drawn = {"crop": crop_boxes(seeds, f"{stream}.crop", (images.shape[2], images.shape[3]), self.scale)}
+        wanted: dict[str, tuple[int, ...]] = {**BOX}
         if self.mirror:
-            drawn["mirror"] = (_half(seeds, f"{stream}.mirror"),)
+            wanted["mirror"] = ()
         if config.jitter and config.jitter_probability:
-            drawn["jitter"] = draw_jitter(seeds, stream, config.jitter, config.jitter_probability)
+            wanted |= JITTER
         if config.grayscale and channels > 1:
-            drawn["grey"] = (uniform(seeds, f"{stream}.grayscale") < config.grayscale,)
+            wanted["grayscale"] = ()
         if self.blur:
-            drawn["blur"] = draw_blur(seeds, stream, self.blur)
+            wanted |= {"blur": (), "blur.sigma": ()}
         if config.solarise:
-            drawn["solarise"] = (uniform(seeds, f"{stream}.solarise") < config.solarise,)
+            wanted["solarise"] = ()
+        found = uniforms(seeds, {f"{stream}.{name}": shape for name, shape in wanted.items()})
+        numbers = dict(zip(wanted, found.values(), strict=True))
+        drawn: Drawn = {"crop": _boxes(numbers, (images.shape[2], images.shape[3]), self.scale)}
+        if "mirror" in numbers:
+            drawn["mirror"] = (numbers["mirror"] < 0.5,)
+        if "jitter" in numbers:
+            drawn["jitter"] = _jitter(numbers, config.jitter, config.jitter_probability)
+        if "grayscale" in numbers:
+            drawn["grey"] = (numbers["grayscale"] < config.grayscale,)
+        if "blur" in numbers:
+            drawn["blur"] = (numbers["blur"] < self.blur, _sigma(numbers["blur.sigma"]))
+        if "solarise" in numbers:
+            drawn["solarise"] = (numbers["solarise"] < config.solarise,)
         return drawn
 
     def _make(self, images: Tensor, drawn: Drawn) -> Tensor:

@@ -113,3 +113,12 @@ def test_draws_and_mild_views_can_be_compiled_whole() -> None:
     compiled = torch.compile(step, backend="eager", fullgraph=True)(images, indices)
     for one, two in zip(compiled, step(images, indices), strict=True):
         assert torch.equal(one, two)
+
+
+def test_numbers_of_many_streams_at_once_are_those_of_each() -> None:
+    seeds = augment.hash_seeds(3, 1, torch.arange(50))
+    wanted: dict[str, tuple[int, ...]] = {"one": (), "two": (4,), "three": (2, 3)}
+    found = augment.uniforms(seeds, wanted)
+    assert list(found) == list(wanted)
+    for stream, shape in wanted.items():
+        assert torch.equal(found[stream], augment.uniform(seeds, stream, shape))
