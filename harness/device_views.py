@@ -66,7 +66,7 @@ def strong(images: Tensor, seeds: Tensor, what: StrongViews, size: tuple[int, in
     picture = (images.stride(0), images.stride(1), images.stride(2), images.stride(3), rows, columns)
     with torch.cuda.device_of(images):  # where Triton starts its kernels
         kernels.draw[(-(-batch // SAMPLES),)](
-            seeds, drawn, batch, *what.keys, float(height), float(width), what.scale[0],
+            seeds.contiguous(), drawn, batch, *what.keys, float(height), float(width), what.scale[0],
             what.scale[1] - what.scale[0], low, high - low, float(widest), float(tallest), what.mirror,
             what.jitter_probability, factor_low, 1 + 0.8 * what.jitter - factor_low, min(0.5, 0.2 * what.jitter),
             what.grayscale if channels > 1 else 0.0, what.blur, what.sigma[0], what.sigma[1] - what.sigma[0],
@@ -96,7 +96,7 @@ def moved(images: Tensor, seeds: Tensor, shift_key: int, mirror_key: int, shift:
     views = torch.empty(batch, rows, columns, channels, dtype=images.dtype, device=images.device)
     with torch.cuda.device_of(images):
         kernels.moved[(batch, -(-rows * columns * channels // PIXELS))](
-            images, seeds, views, shift_key, mirror_key, *images.stride(), rows, columns, C=channels, SHIFT=shift,
+            images, seeds.contiguous(), views, shift_key, mirror_key, *images.stride(), rows, columns, C=channels, SHIFT=shift,
             MIRROR=mirror, BLOCK=PIXELS,
         )  # fmt: skip
     return views.permute(0, 3, 1, 2)
