@@ -126,7 +126,9 @@ def run(
     device: Device = "auto",
     compile: Annotated[
         str | None,
-        typer.Option("--compile", help="auto, off, graph, compile or compile+graph (default auto: CUDA only)."),
+        typer.Option(
+            "--compile", help="auto, off, graph, compile or compile+graph (default auto: graph on CUDA, else off)."
+        ),
     ] = None,
     deterministic: Deterministic = False,
     offline: Offline = False,

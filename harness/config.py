@@ -48,7 +48,7 @@ class RunConfig(Config):
         None, "CPU threads of a step; none: one for small nets, else as many as torch finds", ge=1, le=4096
     )
     compile: Literal["auto", "off", "graph", "compile", "compile+graph"] = setting(
-        "auto", "auto: on CUDA a captured step, compiled when the training is long; elsewhere off"
+        "auto", "auto: on CUDA a captured step; elsewhere off"
     )
     accumulate: int = setting(1, "parts a batch is taken in, gradients averaged; negatives stay within a part", ge=1)
     activation_checkpointing: bool = setting(
