@@ -7,7 +7,7 @@
 capture apart, and extrapolates whole trainings from the measured images/s (random pixels: about time, nothing is
 learnt). `mnist` is one complete `harness run --method sc --recipe paper-mnist` on real MNIST under --data-dir, wall
 clock from the command line to its table. A part that fails says so in one line and the others go on; when --limit
-seconds are over, the one at work is stopped and the rest are left out. Every part's output goes to --out as well.
+seconds are over, the script at work is stopped and the rest are left out. Every part's output goes to --out as well.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SCRIPTS = {
     "sc_head": ["sc_head.py"], "seeds": ["seeds.py", "--counts", "4,16", "--precisions", "bf16"],
     "augment": ["augment.py"], "scaling": ["scaling.py"],
 }  # fmt: skip
+LEFT_OUT = "left out: no time is left"
 PARTS = ["peers", "runs", "mnist", "ceiling", "map_kernels", "sc_head", "seeds", "augment", "scaling"]
 
 
@@ -74,7 +75,7 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     step.read()
     number, began = 11, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        for _ in range(20):
+        for _ in range(20 if device.type == "cuda" else 1):
             step(data.at(number), number, 0.0, 0.01)
             number += 1
         step.read()
@@ -85,19 +86,23 @@ def train_for(bench: Bench, title: str, seconds: float, mode_name: str, scale: i
     return [title, f"{'bf16' if bf16 else 'fp32'}, {step.mode}", batch, first, took, rate, epochs * count / rate, peak]
 
 
-def train_all(bench: Bench, seconds: float, mode_name: str, scale: int) -> list[list[object]]:
-    """The table of `train_for`; -> rows of what failed."""
-    rows, failed = [], []
+def train_all(bench: Bench, seconds: float, mode_name: str, scale: int, ends: float) -> list[list[object]]:
+    """The table of `train_for`, none of it begun after `ends`; -> rows of what failed or was left out."""
+    rows, missing = [], []
     for title in RUNS:
+        left = ends - time.perf_counter()
+        if left < 5:
+            missing.append([title, None, None, LEFT_OUT])
+            continue
         try:
-            rows.append(train_for(bench, title, seconds, mode_name, scale))
+            rows.append(train_for(bench, title, min(seconds, left), mode_name, scale))
         except Exception as error:  # one run that does not fit must not cost the others
-            failed.append([title, None, 1, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"])
+            missing.append([title, None, 1, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"])
     bench.table(
         "Training by the real loop on resident random pixels; the whole training is extrapolated",
         ["run", "step", "batch", "first step s", "measured s", "images/s", "whole s", "peak GiB"], rows,
     )  # fmt: skip
-    return failed
+    return missing
 
 
 def complete_mnist(bench: Bench, data_dir: Path, out: Path | None, left: float) -> list[object]:
@@ -107,7 +112,7 @@ def complete_mnist(bench: Bench, data_dir: Path, out: Path | None, left: float) 
         words += ["--data-dir", str(data_dir), "--workspace", workspace, "--device", str(bench.device)]
         command = [sys.executable, "-c", "from harness.cli import main; main()", *words]
         row = ended("harness " + " ".join(words[:5]), command, out / "mnist.txt" if out else None, left)
-        if out is not None:
+        if out is not None and (Path(workspace) / "results").is_dir():
             shutil.make_archive(str(out / "mnist-rows"), "gztar", workspace, "results")
     return row
 
@@ -146,12 +151,13 @@ def main() -> None:
     SCRIPTS["peers"] += ["--workers", str(chosen.workers)]
     effort = ["--device", str(bench.device), "--rounds", str(bench.rounds), "--min-seconds", str(bench.min_seconds)]
     rows: list[list[object]] = []
+    ends = bench.began + chosen.limit
     for name in chosen.parts:
-        left = chosen.limit - (time.perf_counter() - bench.began)
+        left = ends - time.perf_counter()
         if left < 5:
-            rows.append([name, None, None, "left out: no time is left"])
+            rows.append([name, None, None, LEFT_OUT])
         elif name == "runs":
-            rows += train_all(bench, chosen.seconds, chosen.compile, chosen.scale)
+            rows += train_all(bench, chosen.seconds, chosen.compile, chosen.scale, ends)
         elif name == "mnist":
             if chosen.data_dir is not None:
                 rows.append(complete_mnist(bench, chosen.data_dir, chosen.out, left))

@@ -512,6 +512,7 @@ def _identity(
         "deterministic": request.deterministic and device.type == "cuda",
         "numbers_version": fingerprint.NUMBERS_VERSION,
         **({} if revision is None else {"encoder_revision": revision}),
+        **({"cuda_revision": fingerprint.CUDA_REVISION} if device.type == "cuda" else {}),
     }
 
 

@@ -7,13 +7,14 @@ what is not whole numbers agrees with them to rounding.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from harness.kernels import applicable
+from harness.kernels import applicable, unusable
 
 PIXELS = 512  # of a program: 72 registers a thread for views, 146 at twice as many
 SAMPLES = 32  # of a program that draws
@@ -45,7 +46,34 @@ class StrongViews:
 
 def fits(images: Tensor, seeds: Tensor) -> bool:
     """Whether these kernels can make views of a batch: bytes of one or three channels, on CUDA."""
-    return images.dtype == torch.uint8 and images.shape[1] in (1, 3) and len(images) > 0 and applicable(images, seeds)
+    return (
+        images.dtype == torch.uint8 and images.shape[1] in (1, 3) and len(images) > 0
+        and applicable(images, seeds) and usable(images.device)
+    )  # fmt: skip
+
+
+@functools.cache
+def usable(device: torch.device) -> bool:
+    """Whether every kind of kernel here can be started on a device; tried once on two images.
+
+    They are like those of a common data set, whose compilations are then done already.
+    """
+    key = 1 << 40  # 64 bits, as those of streams are
+    what = StrongViews(
+        (key,) * 11, (0.2, 1.0), (3 / 4, 4 / 3), mirror=0.5, jitter=0.5, jitter_probability=0.8, grayscale=0.2, blur=0.5,
+        sigma=(0.1, 2.0), taps=3, solarise=0.2, bright=0.5, tries=10,
+    )  # fmt: skip
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    seeds = torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        strong(images, seeds, what, (32, 32))
+        moved(images, seeds, key, key, 2, True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        unusable("kernels for views", device, error)
+        return False
+    return True
 
 
 def strong(images: Tensor, seeds: Tensor, what: StrongViews, size: tuple[int, int]) -> Tensor:

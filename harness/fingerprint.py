@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 # Bump when the engine (orders, seeds, crops, subsets, the loop, the evaluators' arithmetic) changes any number.
 NUMBERS_VERSION = 2
+# Of runs on CUDA alone. 1: batch norm, pooling, views and ResNets' first convolution by code of our own (decisions 013, 015).
+CUDA_REVISION = 1
 ID_LENGTH = 16
 
 

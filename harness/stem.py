@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness import small_maps
-from harness.kernels import applicable
+from harness.kernels import ordinary
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what autocast takes; others go to torch, which says why not
 CHANNELS = 16  # of a block: twelve, and four of zeros
 
 
@@ -36,8 +37,9 @@ def is_stem(conv: torch.nn.Conv2d) -> bool:
 def fits(conv: torch.nn.Conv2d, images: Tensor) -> bool:
     """Whether this pass is done by blocks: under autocast on CUDA, of images with even sides that ask for no gradient."""
     return (
-        images.is_cuda and torch.is_autocast_enabled("cuda") and not images.requires_grad
-        and images.shape[2] % 2 == 0 and images.shape[3] % 2 == 0 and applicable(images, conv.weight.detach())
+        images.is_cuda and torch.is_autocast_enabled("cuda") and not images.requires_grad and images.ndim == 4
+        and images.dtype in FLOATS and images.shape[2] % 2 == 0 and images.shape[3] % 2 == 0
+        and ordinary(images, conv.weight)
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 The laws are torchvision's (RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur), so a published recipe keeps
 its meaning; only where the random numbers come from differs. What is done with them is in harness.image_operations.
 Images are floats in [0, 1], (B, C, H, W), float32 in whatever precision a method trains; `stream` names the view, and
-every choice appends its own word to it. A view depends on its image, seed and stream alone, to the last bit.
+every choice appends its own word to it. A view depends on its image, seed and stream alone, to the last bit; on CUDA, where
+harness.device_views makes it in eager and captured steps, other ways (a compiler, vmap) give it to rounding.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +26,7 @@ CASES: list[tuple[int, int, int, int | None, dict[str, float]]] = [
     (20, 33, 3, 13, {"blur": 0.5, "solarise": 0.3}),
     (16, 12, 1, None, {"blur": 0.5, "solarise": 0.3}),
     (12, 40, 3, None, {"blur": 0.0, "crop_scale": 0.99}),  # no box of an allowed shape fits
+    (40, 12, 3, None, {"blur": 0.0, "crop_scale": 0.99}),
     (30, 30, 3, None, {"jitter": 0.0, "grayscale": 0.0, "blur": 1.0}),
     (30, 30, 3, None, {"jitter": 1.0, "jitter_probability": 1.0, "blur": 0.0}),
 ]
@@ -35,6 +39,12 @@ def batch(count: int, height: int, width: int, channels: int, device: str) -> tu
     images[0], images[1], images[2] = images[0, :1], 0, 255
     images = images.to(torch.uint8).contiguous(memory_format=torch.channels_last)
     return images.to(device), hash_seeds(7, 3, torch.arange(count)).to(device)
+
+
+@contextlib.contextmanager
+def used() -> Iterator[None]:
+    with mock.patch.multiple(device_views, applicable=lambda *_: True, usable=lambda _: True):
+        yield
 
 
 def maker_of(height: int, width: int, channels: int, size: int | None, settings: dict[str, float]) -> ViewMaker:
@@ -55,7 +65,7 @@ def check_strong(case: tuple[int, int, int, int | None, dict[str, float]], count
         expected = maker(images, seeds, "one")
     layouts = (torch.channels_last, torch.contiguous_format) if case is CASES[0] else (torch.channels_last,)
     for layout in layouts:
-        with mock.patch.object(device_views, "applicable", lambda *_: True):
+        with used():
             found = maker(images.contiguous(memory_format=layout), seeds, "one")
         assert found.shape == expected.shape and found.dtype == torch.float32
         assert found.is_contiguous(memory_format=torch.channels_last)
@@ -70,11 +80,12 @@ def check_mild(count: int, device: str) -> None:
         for shift, mirror in ((3, True), (0, True), (4, False)):
             with mock.patch.object(device_views, "applicable", lambda *_: False):
                 expected = shift_and_mirror(images, seeds, "mild", shift, mirror)
-            with mock.patch.object(device_views, "applicable", lambda *_: True):
+            with used():
                 assert torch.equal(shift_and_mirror(images, seeds, "mild", shift, mirror), expected)
 
 
 def check_all_interpreted() -> None:
+    assert device_views.usable(torch.device("cpu"))
     for case in CASES:
         check_strong(case, 10, "cpu")
     check_mild(6, "cpu")
@@ -93,6 +104,17 @@ def test_views_are_those_of_torchs_operations() -> None:
 
 def test_a_cpu_has_torchs() -> None:
     assert not device_views.fits(*batch(4, 12, 12, 3, "cpu"))
+
+
+def test_where_a_kernel_cannot_be_started_it_is_said_once() -> None:
+    nowhere = torch.device("cpu")  # Triton compiles nothing for it
+    device_views.usable.cache_clear()
+    with pytest.warns(UserWarning, match="kernels for views cannot be used on cpu .*; torch's own kernels are"):
+        assert not device_views.usable(nowhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not device_views.usable(nowhere)
+    device_views.usable.cache_clear()
 
 
 @pytest.mark.gpu

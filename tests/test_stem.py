@@ -43,6 +43,16 @@ def test_a_cpu_has_torchs() -> None:
     torch.testing.assert_close(conv(images), nn.functional.conv2d(images, conv.weight, None, 2, 3), rtol=0, atol=0)
 
 
+def test_where_it_fits_blocks_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = stem()
+    conv.__class__ = Stem
+    images = torch.randn(2, 3, 8, 8)
+    monkeypatch.setattr("harness.stem.fits", lambda *_: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(images), by_blocks(images, conv.weight, torch.bfloat16))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(8, 14), (96, 96), (33, 32)])
 def test_on_cuda(size: tuple[int, int]) -> None:
@@ -59,6 +69,9 @@ def test_on_cuda(size: tuple[int, int]) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         assert fits(conv, images) == (size[0] % 2 == 0) and not fits(conv, images.clone().requires_grad_())
         found = passed(images)
+        if fits(conv, images):
+            assert torch.equal(found[0], by_blocks(images, conv.weight, torch.bfloat16))
+            assert not fits(conv, images.double())
     assert found[0].dtype == torch.bfloat16 and found[0].is_contiguous(memory_format=torch.channels_last)
     conv.double()
     for one, other in zip(found, passed(images.double()), strict=True):
