@@ -1,14 +1,10 @@
-"""Views made by our kernels against those of torch's operations; interpreted here, compiled on CUDA."""
+"""Views made by our kernels against those of torch's operations; interpreted by test_interpreted_kernels.py, compiled on CUDA."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -85,21 +81,9 @@ def check_mild(count: int, device: str) -> None:
 
 
 def check_all_interpreted() -> None:
-    assert device_views.usable(torch.device("cpu"))
     for case in CASES:
-        check_strong(case, 10, "cpu")
-    check_mild(6, "cpu")
-
-
-def test_views_are_those_of_torchs_operations() -> None:
-    """In a process of its own: Triton interprets kernels where this is set before it is imported."""
-    pytest.importorskip("triton", reason="triton is not installed here")
-    code = "import runpy; runpy.run_path('test_device_views.py')['check_all_interpreted']()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+        check_strong(case, 10 if case is CASES[0] else 5, "cpu")
+    check_mild(4, "cpu")
 
 
 def test_a_cpu_has_torchs() -> None:

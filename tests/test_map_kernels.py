@@ -1,13 +1,9 @@
-"""Our kernels for maps against torch's operations in float64; interpreted here, compiled on CUDA."""
+"""Our kernels for maps against torch's operations in float64; interpreted by test_interpreted_kernels.py, compiled on CUDA."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,17 +121,6 @@ def check_all_interpreted() -> None:
         for activation in ACTIVATIONS:
             check(shape, activation, torch.float32, "cpu")
     check(SHAPES[1], nn.ReLU(), torch.bfloat16, "cpu")
-
-
-def test_values_gradients_and_statistics() -> None:
-    """In a process of its own: Triton interprets kernels where this is set before it is imported."""
-    pytest.importorskip("triton", reason="triton is not installed here")
-    code = "import runpy; runpy.run_path('test_map_kernels.py')['check_all_interpreted']()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_only_training_on_cuda_is_ours() -> None:
