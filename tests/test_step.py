@@ -21,6 +21,7 @@ from harness.batches import Batches
 from harness.config import Layers, resolve
 from harness.contracts import Batch, DatasetInfo, Encoder
 from harness.encoders import build
+from harness.fingerprint import CUDA_REVISION
 from harness.optim import OptimConfig, ScheduleConfig
 from harness.step import dropout_seed, resolve_mode
 
@@ -286,3 +287,12 @@ def test_a_killed_captured_training_resumes(tmp_path: Any) -> None:
     two = pretrain.train(resumed, batches, p, tmp_path, lambda *_: None)
     assert two.executed < 40
     assert [q["loss"] for q in two.curve] == pytest.approx([q["loss"] for q in one.curve], rel=1e-3)
+
+
+def test_runs_on_cuda_carry_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = Layers(flags={"encoder.name": "convnet_small"}, overrides={"precision": "fp32"})
+    on_cpu = make_plan(Request("sc", "digits", layers, evaluators=("knn",), device="cpu")).arms[0].identity
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on_cuda = make_plan(Request("sc", "digits", layers, evaluators=("knn",), device="cuda")).arms[0].identity
+    assert "cuda_revision" not in on_cpu and on_cuda["cuda_revision"] == CUDA_REVISION
