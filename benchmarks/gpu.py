@@ -111,13 +111,13 @@ def complete_mnist(bench: Bench, data_dir: Path, out: Path | None, left: float) 
         words = ["run", "--method", "sc", "--dataset", "mnist", "--recipe", "paper-mnist", "--offline", "--no-control"]
         words += ["--data-dir", str(data_dir), "--workspace", workspace, "--device", str(bench.device)]
         command = [sys.executable, "-c", "from harness.cli import main; main()", *words]
-        row = ended("harness " + " ".join(words[:5]), command, out / "mnist.txt" if out else None, left)
+        row = ended(bench, "harness " + " ".join(words[:5]), command, out / "mnist.txt" if out else None, left)
         if out is not None and (Path(workspace) / "results").is_dir():
             shutil.make_archive(str(out / "mnist-rows"), "gztar", workspace, "results")
     return row
 
 
-def ended(name: str, command: list[str], output: Path | None, left: float) -> list[object]:
+def ended(bench: Bench, name: str, command: list[str], output: Path | None, left: float) -> list[object]:
     """Run a command for `left` seconds at most -> its name, wall seconds, exit code, last line of errors if it failed."""
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
@@ -127,7 +127,8 @@ def ended(name: str, command: list[str], output: Path | None, left: float) -> li
             code = None
         took = time.perf_counter() - began
         table, said = (stream.seek(0) or stream.read() for stream in (printed, errors))
-    print(f"\n== {name}\n{table.strip()}", file=sys.stderr, flush=True)
+    if not bench.as_json:
+        print(f"\n== {name}\n{table.strip()}", flush=True)
     if output is not None:
         output.write_text(table + (said[-4000:] if code else ""))
     last = ["stopped: no time is left"] if code is None else [line for line in said.splitlines() if line.strip()][-1:]
@@ -163,7 +164,7 @@ def main() -> None:
                 rows.append(complete_mnist(bench, chosen.data_dir, chosen.out, left))
         else:
             command = [sys.executable, str(HERE / SCRIPTS[name][0]), *effort, *SCRIPTS[name][1:]]
-            rows.append(ended(name, command, chosen.out / f"{name}.txt" if chosen.out else None, left))
+            rows.append(ended(bench, name, command, chosen.out / f"{name}.txt" if chosen.out else None, left))
     bench.table("Parts and complete runs: wall seconds", ["part", "seconds", "exit code", "error"], rows)
     bench.finish()
 

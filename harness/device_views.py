@@ -25,15 +25,18 @@ class StrongViews:
     """What is drawn for one view; see the settings of harness.views.ViewConfig, probabilities of 0 for what is off.
 
     keys: of the streams, in the order in which view_kernels.draw takes them
-    ratio: of a crop's sides, sigma: of the blur in pixels, both (smallest, largest); taps: of the blur, odd;
-    bright: from which solarisation inverts
+    scale and ratio: of a crop, factors: of brightness, contrast and saturation, sigma: of the blur in pixels, all
+    (smallest, largest); centred: height and width of the box where none fits; hue: the largest turn, in circles;
+    taps: of the blur, odd; bright: from which solarisation inverts
     """
 
     keys: tuple[int, ...]
     scale: tuple[float, float]
     ratio: tuple[float, float]
+    centred: tuple[int, int]
     mirror: float
-    jitter: float
+    factors: tuple[float, float]
+    hue: float
     jitter_probability: float
     grayscale: float
     blur: float
@@ -60,8 +63,8 @@ def usable(device: torch.device) -> bool:
     """
     key = 1 << 40  # 64 bits, as those of streams are
     what = StrongViews(
-        (key,) * 11, (0.2, 1.0), (3 / 4, 4 / 3), mirror=0.5, jitter=0.5, jitter_probability=0.8, grayscale=0.2, blur=0.5,
-        sigma=(0.1, 2.0), taps=3, solarise=0.2, bright=0.5, tries=10,
+        (key,) * 11, (0.2, 1.0), (3 / 4, 4 / 3), (32, 32), mirror=0.5, factors=(0.6, 1.4), hue=0.1, jitter_probability=0.8,
+        grayscale=0.2, blur=0.5, sigma=(0.1, 2.0), taps=3, solarise=0.2, bright=0.5, tries=10,
     )  # fmt: skip
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     seeds = torch.zeros(2, dtype=torch.int64, device=device)
@@ -84,10 +87,8 @@ def strong(images: Tensor, seeds: Tensor, what: StrongViews, size: tuple[int, in
     rows, columns = size
     drawn = torch.empty(kernels.ROWS, batch, device=images.device)
     low, high = (math.log(side) for side in what.ratio)
-    shape = width / height  # where no box fits, the largest centred one of an allowed shape
-    widest = round(height * what.ratio[1]) if shape > what.ratio[1] else width
-    tallest = round(width / what.ratio[0]) if shape < what.ratio[0] else height
-    factor_low = max(0.0, 1 - 0.8 * what.jitter)
+    tallest, widest = what.centred
+    weakest, strongest = what.factors
     tiles, channel_tiles = -(-rows * columns // PIXELS), -(-rows * columns * channels // PIXELS)
     partial = torch.empty(batch, tiles, device=images.device)
     views = torch.empty(batch, rows, columns, channels, device=images.device)
@@ -96,11 +97,11 @@ def strong(images: Tensor, seeds: Tensor, what: StrongViews, size: tuple[int, in
         kernels.draw[(-(-batch // SAMPLES),)](
             seeds.contiguous(), drawn, batch, *what.keys, float(height), float(width), what.scale[0],
             what.scale[1] - what.scale[0], low, high - low, float(widest), float(tallest), what.mirror,
-            what.jitter_probability, factor_low, 1 + 0.8 * what.jitter - factor_low, min(0.5, 0.2 * what.jitter),
+            what.jitter_probability, weakest, strongest - weakest, what.hue,
             what.grayscale if channels > 1 else 0.0, what.blur, what.sigma[0], what.sigma[1] - what.sigma[0],
             what.solarise, TRIES=what.tries, RGB=channels == 3, BLOCK=SAMPLES, BLOCK_TRIES=_power_of_two(what.tries),
         )  # fmt: skip
-        if what.jitter and what.jitter_probability:
+        if what.jitter_probability:
             kernels.contrast_sums[(batch, tiles)](images, drawn, partial, batch, *picture, C=channels, BLOCK=PIXELS)
         kernels.views[(batch, tiles)](
             images, drawn, partial, views, batch, *picture, what.bright, C=channels, BLOCK=PIXELS,

@@ -61,15 +61,23 @@ def _boxes(
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
     first, found = fits.to(torch.uint8).argmax(1, keepdim=True), fits.any(1)
-    shape = image_width / image_height  # the fallback is the largest centred box of an allowed aspect ratio
-    widest = round(image_height * RATIO[1]) if shape > RATIO[1] else image_width
-    tallest = round(image_width / RATIO[0]) if shape < RATIO[0] else image_height
+    tallest, widest = _centred(image_size)
     width = widths.gather(1, first)[:, 0].masked_fill(~found, widest)
     height = heights.gather(1, first)[:, 0].masked_fill(~found, tallest)
     place = numbers["crop.place"]
     top = (place[:, 0] * (image_height - height + 1)).floor().masked_fill(~found, (image_height - tallest) // 2)
     left = (place[:, 1] * (image_width - width + 1)).floor().masked_fill(~found, (image_width - widest) // 2)
     return top, left, height, width
+
+
+def _centred(image_size: tuple[int, int]) -> tuple[int, int]:
+    """The fallback: height and width of the largest centred box of an allowed aspect ratio."""
+    height, width = image_size
+    shape = width / height
+    return (
+        round(width / RATIO[0]) if shape < RATIO[0] else height,
+        round(height * RATIO[1]) if shape > RATIO[1] else width,
+    )
 
 
 def random_resized_crop(
@@ -104,10 +112,15 @@ def draw_jitter(seeds: Tensor, stream: str, strength: float, probability: float)
 
 def _jitter(numbers: Numbers, strength: float, probability: float) -> tuple[Tensor, Tensor, Tensor]:
     applied, amount = numbers["jitter"] < probability, numbers["jitter.amount"]
-    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
+    (low, high), reach = _jitter_range(strength)
     factors = (low + amount[:, :3] * (high - low)).masked_fill(~applied[:, None], 1.0)
-    turn = ((2 * amount[:, 3] - 1) * min(0.5, 0.2 * strength)).masked_fill(~applied, 0.0)
+    turn = ((2 * amount[:, 3] - 1) * reach).masked_fill(~applied, 0.0)
     return factors, turn, numbers["jitter.order"].argsort(1)
+
+
+def _jitter_range(strength: float) -> tuple[tuple[float, float], float]:
+    """Smallest and largest factor, and the largest turn of the hue."""
+    return (max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength), min(0.5, 0.2 * strength)
 
 
 def colour_jitter(images: Tensor, seeds: Tensor, stream: str, strength: float, probability: float) -> Tensor:
@@ -285,10 +298,13 @@ class ViewMaker:
         """`_draw` and `_make` as numbers for kernels."""
         config = self.config
         words = "crop.area crop.ratio crop.place mirror jitter jitter.amount jitter.order grayscale blur blur.sigma solarise"
+        factors, hue = _jitter_range(config.jitter)
         return device_views.StrongViews(
-            tuple(stream_key(f"{stream}.{word}") for word in words.split()), self.scale, RATIO,
-            0.5 if self.mirror else 0.0, config.jitter, config.jitter_probability, config.grayscale, self.blur, SIGMA,
-            _taps(*self._side(images)), config.solarise, BRIGHT, TRIES,
+            keys=tuple(stream_key(f"{stream}.{word}") for word in words.split()), scale=self.scale, ratio=RATIO,
+            centred=_centred((images.shape[2], images.shape[3])), mirror=0.5 if self.mirror else 0.0, factors=factors,
+            hue=hue, jitter_probability=config.jitter_probability if config.jitter else 0.0, grayscale=config.grayscale,
+            blur=self.blur, sigma=SIGMA, taps=_taps(*self._side(images)), solarise=config.solarise, bright=BRIGHT,
+            tries=TRIES,
         )  # fmt: skip
 
     def _draw(self, images: Tensor, seeds: Tensor, stream: str) -> Drawn:

@@ -53,8 +53,8 @@ def cell_centres(
 ) -> Tensor:
     """Where in the image the cells of a view lie: (B, rows * columns, 2) row and column in pixels.
 
-    stream, scale and mirror are those the view was made with. On CUDA the box that the view was cut by may be another
-    one by a pixel where a side lies at a half, for some ten of a million views (harness.device_views).
+    stream, scale and mirror are those the view was made with. On CUDA the box that the view was cut by may, rarely, be
+    another one by a pixel: where rounding decides about a side that lies at a half (harness.device_views).
     """
     top, left, height, width = crop_boxes(seeds, f"{stream}.crop", image_size, scale)
     down, across = ((torch.arange(side, device=seeds.device) + 0.5) / side for side in grid)
